@@ -1,0 +1,109 @@
+"""Attention of one layer: projections cut by head units, rotation, cache, scaled dot products a sequence at a time."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llama_dist.config import ModelConfig
+from llama_dist.model.cache import Batch, KVCache, Span
+from llama_dist.model.norm import RMSNorm
+from llama_dist.model.rope import rotate
+from llama_dist.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from llama_dist.parallel.units import Slice, Units
+
+
+def times(part: Slice, n: int) -> Slice:
+    """A slice of heads as the slice of their rows."""
+    return Slice(part.start * n, part.stop * n, part.padded * n)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, window: int | None, of_query: tuple[int, ...]
+) -> torch.Tensor:
+    """Causal attention of one sequence's newest queries over all its keys.
+
+    q [heads, n, head_dim] at positions start ... start + n - 1; k, v [kv_heads, start + n, head_dim]; query head i
+    reads KV head `of_query[i]`. With a window, a query sees that many keys, itself the last. Gives [heads, n, head_dim].
+    """
+    n, total = q.shape[1], k.shape[1]
+    first = 0 if window is None else max(0, start - window + 1)  # the first key any of the queries sees
+    k, v = k[:, first:], v[:, first:]
+    mask = None
+    if n > 1 and (start > 0 or (window is not None and window < total)):
+        queries = torch.arange(start, total, device=q.device)[:, None]
+        keys = torch.arange(first, total, device=q.device)
+        mask = keys <= queries if window is None else (keys <= queries) & (keys > queries - window)
+    causal = n > 1 and mask is None
+    readers = len(of_query) // k.shape[0]
+    if of_query == tuple(i // readers for i in range(k.shape[0] * readers)):
+        out = F.scaled_dot_product_attention(
+            q[None], k[None], v[None], mask, is_causal=causal, enable_gqa=k.shape[0] != q.shape[0]
+        )
+        return out[0]
+    # A rank's run of heads may begin or end amid a KV head's readers: one call a KV head.
+    parts = []
+    for head, group in groupby(enumerate(of_query), key=lambda pair: pair[1]):
+        mine = [i for i, _ in group]
+        parts.append(
+            F.scaled_dot_product_attention(
+                q[None, mine[0] : mine[-1] + 1],
+                k[None, head].expand(len(mine), -1, -1)[None],
+                v[None, head].expand(len(mine), -1, -1)[None],
+                mask,
+                is_causal=causal,
+            )[0]
+        )
+    return torch.cat(parts)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over this rank's query heads and the KV heads they read. x [n, dim] -> [n, dim]."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        units: Units,
+        rank: int,
+        n_ranks: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.window = config.sliding_window if layer in config.sliding_layers else None
+        heads, kv = units.heads.of(rank, n_ranks), units.kv_heads(rank, n_ranks)
+        self.of_query = kv.of_query
+        rows = times(heads, config.head_dim)
+        kv_rows = times(Slice(kv.start, kv.stop, kv.padded), config.head_dim)
+        bias = config.attention_bias
+        self.wq = ColumnParallelLinear(config.dim, rows, bias=bias, dtype=dtype, device=device)
+        self.wk = ColumnParallelLinear(config.dim, kv_rows, bias=bias, dtype=dtype, device=device)
+        self.wv = ColumnParallelLinear(config.dim, kv_rows, bias=bias, dtype=dtype, device=device)
+        self.wo = RowParallelLinear(rows, config.dim, bias=config.attention_out_bias, dtype=dtype, device=device)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype, device=device)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype, device=device)
+
+    def _one(self, q: torch.Tensor, cache: KVCache, span: Span) -> torch.Tensor:
+        k, v = cache.read(self.layer, span)
+        out = attend(q.transpose(0, 1), k, v, span.start, self.window, self.of_query)
+        return out.transpose(0, 1).flatten(1)  # [length, heads * head_dim]
+
+    def forward(
+        self, x: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor], cache: KVCache
+    ) -> torch.Tensor:
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [n, heads, head_dim]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        cache.write(self.layer, batch, k, v)
+        lengths = [span.length for span in batch.spans]
+        parts = [self._one(part, cache, span) for part, span in zip(q.split(lengths), batch.spans, strict=True)]
+        return self.wo(torch.cat(parts))  # type: ignore[no-any-return]

@@ -1,0 +1,59 @@
+"""Rotary position embedding (Su et al. 2021) in the half-rotated order, with Llama 3.1's, linear and dynamic scaling."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from llama_dist.config import ModelConfig, RopeScaling
+
+
+def _llama3(freqs: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Llama 3.1's rule: long wavelengths divided by the factor, short ones kept, a ramp between (its model card)."""
+    wavelengths = 2 * math.pi / freqs
+    turns = scaling.original_max_position / wavelengths
+    ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    ramp = ramp.clamp(0, 1)
+    return (1 - ramp) * freqs / scaling.factor + ramp * freqs
+
+
+class Rope:
+    """Angles of each position. `lengths` matter to dynamic scaling only.
+
+    Dynamic scaling grows the base with the sequence: a token's angles are those of the length its sequence had when
+    the token was computed. That is its prompt's length for a prompt token and its own position + 1 for a later one, so
+    they do not depend on how a prompt was cut into chunks (and equal Hugging Face's with one sequence in the batch).
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self.theta = config.rope_theta
+        self.scaling = config.rope_scaling
+        self.exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+        freqs = 1.0 / (self.theta**self.exponents)
+        if self.scaling is not None and self.scaling.kind == "llama3":
+            freqs = _llama3(freqs, self.scaling)
+        elif self.scaling is not None and self.scaling.kind == "linear":
+            freqs = freqs / self.scaling.factor
+        self.freqs = freqs  # [head_dim / 2]
+
+    def _dynamic(self, lengths: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+        """Frequencies [n, head_dim / 2] for tokens of sequences `lengths` long."""
+        beyond = lengths.clamp(min=scaling.original_max_position).float() / scaling.original_max_position
+        dim = 2 * len(self.exponents)
+        base = self.theta * (scaling.factor * beyond - (scaling.factor - 1)) ** (dim / (dim - 2))
+        return 1.0 / (base[:, None] ** self.exponents)
+
+    def angles(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, float32 [n, 1, head_dim / 2], of positions [n] in sequences of `lengths` [n]."""
+        freqs = self.freqs
+        if self.scaling is not None and self.scaling.kind == "dynamic":
+            freqs = self._dynamic(lengths, self.scaling)
+        angles = positions[:, None].float() * freqs
+        return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [n, heads, head_dim] turned by its angles, computed in float32, in x's dtype."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)

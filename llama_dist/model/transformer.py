@@ -1,0 +1,122 @@
+"""The Llama-like decoder. Parameter names are those of Meta's checkpoints; every family is this one class."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llama_dist.config import ModelConfig
+from llama_dist.model.attention import Attention
+from llama_dist.model.cache import Batch, KVCache
+from llama_dist.model.norm import RMSNorm
+from llama_dist.model.rope import Rope
+from llama_dist.parallel.layers import (
+    ColumnParallelLinear,
+    Placement,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    gather,
+)
+from llama_dist.parallel.units import Units
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020), cut by hidden units: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(
+        self, config: ModelConfig, units: Units, rank: int, n_ranks: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        hidden, bias = units.hidden.of(rank, n_ranks), config.mlp_bias
+        self.w1 = ColumnParallelLinear(config.dim, hidden, bias=bias, dtype=dtype, device=device)
+        self.w2 = RowParallelLinear(hidden, config.dim, bias=bias, dtype=dtype, device=device)
+        self.w3 = ColumnParallelLinear(config.dim, hidden, bias=bias, dtype=dtype, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind a norm and added to the stream."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        units: Units,
+        rank: int,
+        n_ranks: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.attention = Attention(config, layer, units, rank, n_ranks, dtype=dtype, device=device)
+        self.feed_forward = FeedForward(config, units, rank, n_ranks, dtype=dtype, device=device)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype, device=device)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype, device=device)
+
+    def forward(
+        self, x: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor], cache: KVCache
+    ) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), batch, angles, cache)
+        return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """This rank's part of the model: rank `rank` of `n_ranks` that hold it together. Weights are left unset.
+
+    Every rank of the model-parallel group must call `forward` and `logits` alike: both reduce or gather.
+    """
+
+    def __init__(
+        self, config: ModelConfig, units: Units, rank: int, n_ranks: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.config, self.units = config, units
+        self.n_local_kv_heads = units.kv_heads(rank, n_ranks).padded
+        vocab = units.vocab.of(rank, n_ranks)
+        self.tok_embeddings = VocabParallelEmbedding(vocab, config.dim, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(
+            Block(config, layer, units, rank, n_ranks, dtype=dtype, device=device) for layer in range(config.n_layers)
+        )
+        self.norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype, device=device)
+        self.output = ColumnParallelLinear(config.dim, vocab, bias=False, dtype=dtype, device=device)
+        if config.tied_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+        self.rope = Rope(config, device)
+
+    def placements(self) -> dict[str, Placement]:
+        """For each parameter, by its logical name, the part of the logical tensor it holds."""
+        found = {}
+        for prefix, module in self.named_modules():
+            placed = getattr(module, "placements", {}) if module is not self else {}
+            for name, _ in module.named_parameters(recurse=False):
+                found[f"{prefix}.{name}"] = placed.get(name, Placement())
+        return found
+
+    def new_cache(self, max_batch_size: int, max_seq_len: int) -> KVCache:
+        """An empty cache for this rank's KV heads, in the weights' dtype."""
+        weight = self.norm.weight
+        return KVCache(
+            self.config.n_layers,
+            max_batch_size,
+            self.n_local_kv_heads,
+            max_seq_len,
+            self.config.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """Run the batch's tokens through all layers, writing the cache: the last hidden states, normed, [n, dim]."""
+        angles = self.rope.angles(batch.positions, batch.lengths)
+        x = self.tok_embeddings(batch.tokens)
+        for layer in self.layers:
+            x = layer(x, batch, angles, cache)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [n, dim] -> float32 logits [n, vocab_size], whole on every rank."""
+        return gather(self.output(hidden))[:, : self.config.vocab_size].float()

@@ -1,0 +1,96 @@
+"""Which rank this process is, from what its launcher put in the environment. No torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llama_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process's place among the others, and where rank 0 keeps the store they meet at.
+
+    `launcher`: torchrun, srun or alone. `agent_store`: torchrun's agent hosts the store, not rank 0.
+    """
+
+    launcher: str
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    host: str
+    port: int
+    attempt: int = 0
+    agent_store: bool = False
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        value = int(text or "")
+    except ValueError:
+        raise ConfigError(f"the launcher set {name}={text!r}, must be a whole number") from None
+    if value < 0:
+        raise ConfigError(f"the launcher set {name}={value}, must be 0 or more")
+    return value
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: `gpu[07-09,12],login` gives `gpu07`."""
+    found = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodelist)
+    if not found:
+        raise ConfigError(f"SLURM_STEP_NODELIST is {nodelist!r}, no host in it; set MASTER_ADDR")
+    prefix, number, suffix = found.groups()
+    return prefix + (number or "") + (suffix or "")
+
+
+def _srun(env: Mapping[str, str]) -> Launch | None:
+    # Inside sbatch's own script the task variables are set too, but no step was launched: that is one process, alone.
+    in_step = "SLURM_STEP_ID" in env or "SLURM_JOB_ID" not in env
+    if "SLURM_PROCID" not in env or "SLURM_NTASKS" not in env or not in_step:
+        return None
+    size = _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS"))
+    nodes = _number(env, "SLURM_STEP_NUM_NODES", _number(env, "SLURM_NNODES", 1))
+    tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "")))
+    nodelist = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))
+    host = env.get("MASTER_ADDR") or (first_host(nodelist) if nodes > 1 else "127.0.0.1")
+    job = _number(env, "SLURM_JOB_ID", 0) * 7 + _number(env, "SLURM_STEP_ID", 0)
+    return Launch(
+        "srun",
+        _number(env, "SLURM_PROCID"),
+        size,
+        _number(env, "SLURM_LOCALID", 0),
+        int(tasks.group()) if tasks else -(-size // nodes),
+        host,
+        _number(env, "MASTER_PORT", 20000 + job % 20000),
+    )
+
+
+def read_launch(env: Mapping[str, str] = os.environ) -> Launch:
+    """torchrun's variables first, then srun's, else a world of one."""
+    if "RANK" in env and "WORLD_SIZE" in env:
+        size = _number(env, "WORLD_SIZE")
+        found: Launch | None = Launch(
+            "torchrun",
+            _number(env, "RANK"),
+            size,
+            _number(env, "LOCAL_RANK", _number(env, "RANK")),
+            _number(env, "LOCAL_WORLD_SIZE", size),
+            env.get("MASTER_ADDR", "127.0.0.1"),
+            _number(env, "MASTER_PORT", 29500),
+            _number(env, "TORCHELASTIC_RESTART_COUNT", 0),
+            env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        )
+    else:
+        found = _srun(env)
+    if found is None:
+        return Launch("alone", 0, 1, 0, 1, "127.0.0.1", 0)
+    if found.rank >= found.size:
+        raise ConfigError(f"the launcher says rank {found.rank} of {found.size} ranks, ranks count from 0")
+    return found

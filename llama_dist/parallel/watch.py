@@ -1,0 +1,294 @@
+"""Noticing that a peer died, that a signal came, or that this rank failed; ending with one line that says so.
+
+A gloo collective with a dead peer fails with an address or not at all, and a Python signal handler does not run while
+the main thread is inside a collective. So one side thread a process waits on a wake-up pipe, which the C-level signal
+handler writes to at once, and on a pidfd of every rank of this host. It calls no collective; it talks to the store
+over a connection of its own: each rank's card (host, pid), a heartbeat a second, the first error, who left in order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from llama_dist.errors import LlamaDistError, PeerLost
+from llama_dist.parallel.launch import Launch, read_launch
+
+log = logging.getLogger("llama_dist")
+
+BEAT = 1.0  # seconds between two heartbeats
+SILENT = 2.5  # seconds without one after which a rank counts as stuck, once a collective has failed
+LOST_HOST = 30.0  # the same while nothing has failed yet, for ranks of other hosts
+GRACE = 2.0  # seconds the main thread has to notice a lost peer by itself and say so
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Card:
+    """Where a rank runs. Pids compare only within one `space`: a boot of a host and a pid namespace."""
+
+    rank: int
+    host: str
+    pid: int
+    space: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
+
+
+def _my_card(rank: int) -> Card:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as f:
+            space = f"{f.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        space = f"{socket.gethostname()}/{rank}"
+    return Card(rank, socket.gethostname(), os.getpid(), space)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"llama_dist: error: {text}\n")
+    sys.stderr.flush()
+
+
+class Watch:
+    """The side thread and what it knows. One a process, because signals and pids are the process's."""
+
+    _current: Watch | None = None
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.lost: PeerLost | None = None
+        self._cards: list[Card] = []
+        self._beats: dict[int, tuple[int, float]] = {}
+        self._store: dist.Store | None = None
+        self._leaving = False
+        self._finishing = threading.Lock()
+        self._pidfds: dict[int, int] = {}
+        self._poll = select.poll()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        self._poll.register(self._wake_read, select.POLLIN)
+        self._guarded = False
+        Watch._current = self
+        threading.Thread(target=self._loop, name="llama_dist-watch", daemon=True).start()
+
+    @staticmethod
+    def current() -> Watch | None:
+        return Watch._current
+
+    # ---- set-up, on the main thread
+
+    def catch_signals(self) -> None:
+        """SIGINT and SIGTERM end the job with one line, also while the main thread is inside a collective."""
+        self._guarded = True
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)  # the wake-up byte is written before any Python code runs
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+
+    def attach(self, store: dist.Store, launch: Launch) -> None:
+        """Exchange cards with the other ranks and start watching them. Call when the default group is up."""
+        if launch.launcher == "torchrun":
+            self._die_with_parent()
+        if launch.size == 1:
+            return
+        store.set(f"card/{self.rank}", json.dumps(asdict(_my_card(self.rank))))
+        self._cards = [Card(**json.loads(store.get(f"card/{r}"))) for r in range(launch.size)]
+        side = store.clone()
+        side.set_timeout(timedelta(seconds=3))
+        mine = self._cards[self.rank]
+        for card in self._cards:
+            if card.rank != self.rank and card.space == mine.space:
+                try:
+                    self._pidfds[os.pidfd_open(card.pid)] = card.rank
+                except OSError as err:  # gone already, or a kernel without pidfds: its heartbeat is watched instead
+                    log.debug("no pidfd for %s: %s", card, err)
+        for fd in self._pidfds:
+            self._poll.register(fd, select.POLLIN)
+        self._store = side
+        if not self._guarded:
+            self._hook_exceptions()
+        os.write(self._wake_write, b"\0")
+
+    def _die_with_parent(self) -> None:
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(143)
+
+    def _hook_exceptions(self) -> None:
+        before = sys.excepthook
+
+        def hook(kind: type[BaseException], err: BaseException, trace: TracebackType | None) -> None:
+            before(kind, err, trace)
+            if isinstance(err, Exception):
+                self.fail(err, show=False)
+
+        sys.excepthook = hook
+
+    def detach(self) -> None:
+        """This rank leaves in order: the others must not take its end for a death."""
+        self._leaving = True
+        if self._store is not None:
+            try:
+                self._store.set(f"left/{self.rank}", "")
+            except RuntimeError as err:  # the store's host left first: nobody is there to be misled
+                log.debug("store gone at leave: %s", err)
+            self._store = None
+
+    # ---- the side thread
+
+    def _loop(self) -> None:
+        due = time.monotonic()
+        while True:
+            for fd, _ in self._poll.poll(BEAT * 1000):
+                if fd == self._wake_read:
+                    for number in os.read(fd, 64):
+                        if number:
+                            self._on_signal(number)
+                else:
+                    self._poll.unregister(fd)
+                    self._on_death(self._pidfds[fd])
+            if time.monotonic() >= due and self._store is not None:
+                due = time.monotonic() + BEAT
+                self._on_beat(self._store)
+
+    def _on_signal(self, number: int) -> None:
+        # torchrun sends SIGTERM to all when one rank dies: look for that one before blaming the signal.
+        for fd, _ in self._poll.poll(0):
+            if fd != self._wake_read:
+                self._poll.unregister(fd)
+                self._on_death(self._pidfds[fd])
+        if self.lost is not None:
+            self.finish(str(self.lost), PeerLost.exit_code)
+        self.finish(f"stopped by {signal.Signals(number).name}", 128 + number)
+
+    def _on_death(self, rank: int) -> None:
+        if self._leaving or self._has(f"left/{rank}"):
+            return
+        self._lose(self._reported() or f"{self._cards[rank]} died")
+
+    def _on_beat(self, store: dist.Store) -> None:
+        try:
+            store.add(f"beat/{self.rank}", 1)
+            remote = [c for c in self._cards if c.rank != self.rank and c.rank not in self._pidfds.values()]
+            reported = self._reported() if self.lost is None else None
+            silent = [c for c in remote if self._silence(store, c.rank) > LOST_HOST and not self._has(f"left/{c.rank}")]
+        except RuntimeError as err:  # the store is gone: its host's death is noticed by pidfd, signal or collective
+            log.debug("store: %s", err)
+            return
+        if reported:
+            self._lose(reported)
+        elif silent:
+            self._lose(f"{silent[0]} has not been heard of for {LOST_HOST:g} s")
+
+    def _silence(self, store: dist.Store, rank: int) -> float:
+        """Seconds since the heartbeat of `rank` last moved."""
+        count, now = store.add(f"beat/{rank}", 0), time.monotonic()
+        seen, when = self._beats.get(rank, (-1, now))
+        if count != seen:
+            self._beats[rank] = (count, now)
+            return 0.0
+        return now - when
+
+    def _lose(self, message: str) -> None:
+        if self.lost is not None or self._leaving:
+            return
+        self.lost = PeerLost(message)
+        timer = threading.Timer(GRACE, lambda: None if self._leaving else self.finish(message, PeerLost.exit_code))
+        timer.daemon = True
+        timer.start()
+
+    # ---- what the store says
+
+    def _has(self, key: str) -> bool:
+        try:
+            return self._store is not None and self._store.check([key])
+        except RuntimeError:
+            return False
+
+    def _reported(self) -> str | None:
+        """The error another rank posted before it ended."""
+        if self._store is None or not self._has("error"):
+            return None
+        report = json.loads(self._store.get("error"))
+        return f"rank {report['rank']}: {report['message']}" if report["rank"] != self.rank else None
+
+    def _post(self, message: str) -> bool:
+        """Put this rank's error where all see it. True for the first to do so, who also prints it."""
+        if self._store is None:
+            return True
+        mine = json.dumps({"rank": self.rank, "message": message})
+        try:
+            return bool(self._store.compare_set("error", "", mine) == mine.encode())
+        except RuntimeError:
+            return True
+
+    # ---- ending
+
+    def explain(self, err: PeerLost) -> PeerLost:
+        """The failure of a collective, as the rank that caused it: waits for the side thread to know."""
+        deadline = time.monotonic() + SILENT + BEAT
+        store = self._store
+        while self.lost is None and store is not None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            try:
+                stuck = [
+                    c for c in self._cards if c.rank != self.rank and self._silence(store, c.rank) > SILENT
+                ]  # fmt: skip
+            except RuntimeError:
+                break
+            if stuck:
+                return PeerLost(f"{stuck[0]} does not answer ({err})")
+        return self.lost or err
+
+    def fail(self, err: Exception, show: bool = True) -> int:
+        """The end of this rank by an exception: say it once in the job, and take the others along."""
+        if isinstance(err, PeerLost):
+            err = self.explain(err)
+        known = isinstance(err, LlamaDistError)
+        if not known and show:
+            traceback.print_exception(err)
+        message = (str(err) if known else f"{type(err).__name__}: {err}").replace("\n", " ")
+        code = err.exit_code if isinstance(err, LlamaDistError) else 1
+        if self._store is not None:
+            self.finish(message, code)
+        _say(message)
+        return code
+
+    def finish(self, message: str, code: int) -> NoReturn:
+        """Print the line (the first rank to fail does), flush, and leave at once: teardown after a lost peer can abort."""
+        self._finishing.acquire()  # a second caller waits here until the process ends
+        if self._post(message):
+            _say(f"[rank {self.rank}] {message}" if self._cards else message)
+        flusher = threading.Thread(target=sys.stdout.flush, daemon=True)
+        flusher.start()
+        flusher.join(1.0)  # the reader of a full pipe may be gone
+        os._exit(code)
+
+
+def guard(main: Callable[[], int]) -> int:
+    """Run a program's main function so that its failure, a signal or a peer's death ends every rank with one line."""
+    watch = Watch(read_launch().rank)
+    watch.catch_signals()
+    try:
+        return main()
+    except Exception as err:
+        return watch.fail(err)

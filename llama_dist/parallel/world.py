@@ -1,0 +1,199 @@
+"""Joining and leaving: process groups, device, timeouts. One world a process, as torch.distributed has one."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import logging
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fs
+
+from llama_dist.config import RunConfig
+from llama_dist.errors import ConfigError, PeerLost
+from llama_dist.parallel.launch import Launch, read_launch
+from llama_dist.parallel.watch import Watch
+
+log = logging.getLogger("llama_dist")
+
+
+@dataclass(frozen=True)
+class Channel:
+    """A group of ranks that exchange small messages over gloo. `ranks` are world ranks, the first one speaks."""
+
+    group: dist.ProcessGroup
+    rank: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands. Ranks [replica * mp_size, (replica + 1) * mp_size) hold one copy of the model."""
+
+    rank: int
+    size: int
+    local_rank: int
+    mp_rank: int
+    mp_size: int
+    device: torch.device
+    everyone: Channel
+    replica_channel: Channel
+    watch: Watch
+
+    @property
+    def replica(self) -> int:
+        return self.rank // self.mp_size
+
+    @property
+    def n_replicas(self) -> int:
+        return self.size // self.mp_size
+
+
+def model_parallel_size(run: RunConfig, launch: Launch) -> int:
+    """The ranks that hold one copy of the model; a ConfigError where the world is no multiple of it."""
+    size = run.model_parallel_size or launch.size
+    if launch.size % size:
+        fits = ", ".join(str(d) for d in range(1, launch.size + 1) if launch.size % d == 0)
+        raise ConfigError(
+            f"--model_parallel_size {size} does not divide the {launch.size} ranks that were started; use one of {fits}"
+        )
+    return size
+
+
+def pick_device(run: RunConfig, launch: Launch) -> torch.device:
+    """`auto`: this rank's CUDA device where there is one, else the CPU."""
+    if run.device == "cpu" or (run.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise ConfigError("--device cuda, but torch finds no CUDA device here; use --device cpu or install CUDA's torch")
+    if launch.local_rank >= count:
+        raise ConfigError(
+            f"rank {launch.rank} is number {launch.local_rank} on this host, which has {count} CUDA devices; "
+            f"start at most {count} ranks a host or pass --device cpu"
+        )
+    return torch.device("cuda", launch.local_rank)
+
+
+def _set_threads(launch: Launch) -> None:
+    # torchrun sets OMP_NUM_THREADS=1 where several ranks share a host; any other value is the user's own.
+    if launch.local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
+
+
+def _store(launch: Launch, timeout: datetime.timedelta) -> dist.Store:
+    if launch.size == 1 and launch.launcher == "alone":
+        return dist.HashStore()
+    master = launch.rank == 0 and not launch.agent_store
+    try:
+        store = dist.TCPStore(
+            launch.host, launch.port, launch.size, is_master=master, timeout=timeout, wait_for_workers=False
+        )
+    except (dist.DistError, RuntimeError, OSError) as err:
+        first = str(err).splitlines()[0][:200]
+        raise PeerLost(
+            f"rank {launch.rank} cannot reach the ranks' store at {launch.host}:{launch.port} ({first}); "
+            "check MASTER_ADDR, MASTER_PORT and that rank 0 started"
+        ) from err
+    # A restarted attempt must not read what the dead one left.
+    return dist.PrefixStore(f"llama_dist/{launch.attempt}", store)
+
+
+def _set_timeout(group: dist.ProcessGroup, timeout: datetime.timedelta) -> None:
+    # fairscale creates its groups with torch's 30-minute default whatever the default group has.
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def _missing(store: dist.Store, size: int) -> str:
+    try:
+        lost = [str(r) for r in range(size) if not store.check([f"here/{r}"])]
+    except RuntimeError:
+        lost = []
+    return f"; never heard of rank {', '.join(lost)}" if lost else ""
+
+
+def join(run: RunConfig, watch: Watch | None = None) -> World:
+    """Meet the other ranks and build the groups. Raises ConfigError before, PeerLost when ranks do not come.
+
+    A second call in one process joins the same groups again; the sizes must agree.
+    """
+    launch = read_launch()
+    mp_size = model_parallel_size(run, launch)
+    device = pick_device(run, launch)
+    timeout = datetime.timedelta(seconds=run.timeout)
+    watch = watch or Watch.current() or Watch(launch.rank)
+    _set_threads(launch)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        store = _store(launch, timeout)
+        store.set(f"here/{launch.rank}", "")
+        try:
+            dist.init_process_group("gloo", store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
+        except (dist.DistError, RuntimeError) as err:
+            raise PeerLost(
+                f"rank {launch.rank}: the {launch.size} ranks did not meet within {run.timeout:g} s"
+                f"{_missing(store, launch.size)}"
+            ) from err
+        watch.attach(store, launch)
+    if not fs.model_parallel_is_initialized():
+        with contextlib.redirect_stdout(sys.stderr if run.verbose else io.StringIO()):  # fairscale prints to stdout
+            fs.initialize_model_parallel(mp_size, model_parallel_backend="nccl" if device.type == "cuda" else "gloo")
+    elif fs.get_model_parallel_world_size() != mp_size:
+        raise ConfigError(
+            f"this process already runs model-parallel size {fs.get_model_parallel_world_size()}, asked for {mp_size}"
+        )
+    mp_group = fs.get_model_parallel_group()
+    for group in (mp_group, fs.get_data_parallel_group(), fs.get_pipeline_parallel_group()):
+        _set_timeout(group, timeout)
+    return _world(launch, mp_size, device, timeout, mp_group, watch)
+
+
+def _world(
+    launch: Launch,
+    mp_size: int,
+    device: torch.device,
+    timeout: datetime.timedelta,
+    mp_group: dist.ProcessGroup,
+    watch: Watch,
+) -> World:
+    replica = launch.rank // mp_size
+    everyone = tuple(range(launch.size))
+    mine = everyone[replica * mp_size : (replica + 1) * mp_size]
+    world_group = dist.group.WORLD
+    assert world_group is not None
+    replica_group = mp_group
+    if device.type == "cuda":  # small messages stay on gloo; every rank takes part in making every group
+        for first in range(0, launch.size, mp_size):
+            group = dist.new_group(list(range(first, first + mp_size)), timeout=timeout, backend="gloo")
+            if first == mine[0]:
+                replica_group = group
+    return World(
+        launch.rank,
+        launch.size,
+        launch.local_rank,
+        launch.rank % mp_size,
+        mp_size,
+        device,
+        Channel(world_group, launch.rank, everyone),
+        Channel(replica_group, launch.rank % mp_size, mine),
+        watch,
+    )
+
+
+def leave(world: World) -> None:
+    """The orderly end: every rank calls it when its work is done, and none leaves before the last has come."""
+    if not dist.is_initialized():
+        return
+    if world.size > 1:
+        from llama_dist.parallel.control import agree
+
+        agree(world, "done", "the end of the job")
+    world.watch.detach()
+    fs.destroy_model_parallel()
+    dist.destroy_process_group()
