@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -36,6 +36,8 @@ class Reader(Protocol):
     tensors: Mapping[str, TensorInfo]
     storage: Mapping[str, int]
     """Number of tensors by how they are stored, e.g. {"Q4_1": 210, "F32": 61}."""
+    metadata: Mapping[str, Any]
+    """A GGUF's key-value pairs, the tokenizer's among them; empty for other formats."""
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
         """The range [start, stop) of `dim`, in pieces along dim 0 of at most 64 MiB, in order.

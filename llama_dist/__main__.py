@@ -1,0 +1,63 @@
+"""`python -m llama_dist COMMAND …`, also installed as `llama_dist`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+
+from llama_dist import cli
+from llama_dist.errors import ConfigError, LlamaDistError
+from llama_dist.parallel.launch import read_launch
+
+MUTE_RANK_WAITS = 1.0  # seconds; a launcher stops the other ranks when one ends, and rank 0 is to have its say first
+
+
+def set_up_logging(rank: int, verbose: bool) -> None:
+    """Logs go to stderr: from rank 0, and from the others only warnings unless `verbose`."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s" if rank or verbose else "%(message)s"))
+    logger = logging.getLogger("llama_dist")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO if rank == 0 else logging.WARNING)
+
+
+def refuse(err: LlamaDistError, rank: int, speaks: bool) -> int:
+    """Say what is wrong in one line, or leave that to the rank that does. The ranks have not met yet."""
+    if speaks:
+        where = f"[rank {rank}] " if rank else ""
+        print(f"llama_dist: error: {where}{' '.join(str(err).split())}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(MUTE_RANK_WAITS)
+    return err.exit_code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check, run. Returns the exit code: 0, 2 for what the user can mend, 1 for the rest."""
+    rank = local_rank = 0
+    try:
+        launch = read_launch()
+        rank, local_rank = launch.rank, launch.local_rank
+        line = cli.parse(sys.argv[1:] if argv is None else argv)
+    except ConfigError as err:
+        return refuse(err, rank, speaks=rank == 0)
+    if line.help is not None:
+        if rank == 0:
+            print(line.help)
+        return 0
+    set_up_logging(rank, line.options.run.verbose)
+    try:
+        work = cli.prepare(line)
+    except LlamaDistError as err:  # files may differ from host to host: one rank of each speaks
+        return refuse(err, rank, speaks=local_rank == 0)
+    except KeyboardInterrupt:
+        return 130
+    from llama_dist.parallel.watch import guard  # with torch, which a refusal should not wait for
+
+    return guard(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

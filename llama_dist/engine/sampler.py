@@ -1,0 +1,101 @@
+"""Drawing the next token. Noise is a hash of (seed, position, token id): no generator, nothing to keep in step.
+
+Filters in order: temperature, then the nucleus. `top_p` keeps the smallest set whose mass reaches p: a token stays
+while the mass before it is at most p (Holtzman et al. 2019, as Llama's `sample_top_p` has it). The draw is the argmax
+of logits / temperature + Gumbel noise over what is kept, which samples the renormalised softmax (Gumbel-max).
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+GOLDEN = 0x9E3779B97F4A7C15
+MIX_1 = 0xBF58476D1CE4E5B9
+MIX_2 = 0x94D049BB133111EB
+MASK = 2**64 - 1
+HEAD = 1024  # the nucleus is looked for among so many likeliest tokens before the whole vocabulary is sorted
+
+
+def derive_seed(run_seed: int, request_id: str) -> int:
+    """The seed (63 bits) of a request that names none."""
+    digest = hashlib.blake2b(f"{run_seed}/{request_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def mix(x: int) -> int:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014) on the low 64 bits of x."""
+    x &= MASK
+    x = ((x ^ (x >> 30)) * MIX_1) & MASK
+    x = ((x ^ (x >> 27)) * MIX_2) & MASK
+    return x ^ (x >> 31)
+
+
+def _signed(x: int) -> int:
+    return x - 2**64 if x >= 2**63 else x
+
+
+def _shift(x: torch.Tensor, n: int) -> torch.Tensor:
+    """Logical right shift of int64, whose own shift is arithmetic."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """`mix` of int64 tensors; products wrap around."""
+    x = (x ^ _shift(x, 30)) * _signed(MIX_1)
+    x = (x ^ _shift(x, 27)) * _signed(MIX_2)
+    return x ^ _shift(x, 31)
+
+
+def gumbel(seed: int, position: int, ids: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise, float64, of token `ids` at a sequence position: the same wherever and whenever it is asked for."""
+    key = mix(mix(seed + GOLDEN) + GOLDEN * (position + 1))
+    bits = _shift(_mix((ids + 1) * _signed(GOLDEN) + _signed(key)), 11)  # 53 of them
+    return -torch.log(-torch.log((bits.double() + 0.5) * 2.0**-53))
+
+
+def _by_probability(probs: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both sorted by falling probability, ties by rising id."""
+    ids, order = ids.sort()
+    probs, rank = probs[order].sort(descending=True, stable=True)
+    return probs, ids[rank]
+
+
+def nucleus(scaled: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The ids that `top_p` keeps of one row of logits [vocab] (float64, temperature applied), likeliest first."""
+    probs = torch.softmax(scaled, dim=-1)
+    if len(probs) > HEAD:
+        head_probs, head_ids = probs.topk(HEAD)
+        head_probs, head_ids = _by_probability(head_probs, head_ids)
+        stays = head_probs.cumsum(0) - head_probs <= top_p
+        kept = int(stays.sum())
+        # Whole only if what was left out is less likely than the last one kept: ties go by id over all of them.
+        if kept < HEAD and head_probs[kept - 1] > head_probs[-1]:
+            return head_ids[:kept]
+    probs, ids = _by_probability(probs, torch.arange(len(probs), device=probs.device))
+    return ids[: int((probs.cumsum(0) - probs <= top_p).sum())]
+
+
+def sample_top_p(logits: torch.Tensor, temperature: float, top_p: float, seed: int, position: int) -> int:
+    """One token from one row of logits [vocab] at a temperature above 0."""
+    scaled = logits.double() / temperature
+    if top_p < 1:
+        ids = nucleus(scaled, top_p).sort().values
+        scaled = scaled[ids]
+    else:
+        ids = torch.arange(len(scaled), device=scaled.device)
+    # argmax gives the first of equals, and ids rise: ties go to the lowest
+    return int(ids[torch.argmax(scaled + gumbel(seed, position, ids))])
+
+
+def sample(logits: torch.Tensor, temperature: float, top_p: float, seed: int, position: int) -> int:
+    """The token at `position` for one row of logits [vocab]: greedy at temperature 0, ties to the lowest id."""
+    if temperature == 0:
+        return int(torch.argmax(logits))
+    return sample_top_p(logits, temperature, top_p, seed, position)
+
+
+def logprobs_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Natural log of the unscaled model distribution: logits [n, vocab] float32, ids [n] -> [n]."""
+    return logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1)

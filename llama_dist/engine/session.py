@@ -1,0 +1,168 @@
+"""From a RunConfig to an engine that answers: check everything, join the ranks, load, agree."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from llama_dist import __version__
+from llama_dist.checkpoint.load import load
+from llama_dist.checkpoint.open import open_checkpoint
+from llama_dist.checkpoint.reader import Reader
+from llama_dist.config import ModelConfig, RunConfig
+from llama_dist.engine.engine import Engine, OnToken
+from llama_dist.errors import ConfigError
+from llama_dist.model.transformer import Transformer
+from llama_dist.parallel.control import agree, collect
+from llama_dist.parallel.launch import read_launch
+from llama_dist.parallel.units import cut_model, units_for
+from llama_dist.parallel.world import World, join, model_parallel_size, pick_device
+from llama_dist.request import Completion, Request
+from llama_dist.text.base import Tokenizer
+from llama_dist.text.load import find_tokenizer, load_tokenizer, tokenizer_from_gguf
+
+log = logging.getLogger("llama_dist")
+DEFAULT_SEQ_LEN = 4096  # of a run that names none; longer needs --max_seq_len, for the memory it takes
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known from headers alone, before any rank is met: everything that can be refused has been."""
+
+    reader: Reader
+    tokenizer: Tokenizer
+    max_seq_len: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded model among its ranks. `engine` serves this rank's replica; `complete` deals over all of them."""
+
+    run: RunConfig
+    world: World
+    config: ModelConfig
+    tokenizer: Tokenizer
+    engine: Engine
+    max_seq_len: int
+
+
+def read_tokenizer(run: RunConfig, reader: Reader) -> Tokenizer:
+    """`--tokenizer_path` if given, else what lies in the checkpoint directory, else a GGUF's own."""
+    if run.tokenizer_path is not None:
+        return load_tokenizer(run.tokenizer_path)
+    directory = Path(run.ckpt_dir)
+    found = find_tokenizer(directory) if directory.is_dir() else None
+    if found is None and reader.metadata:
+        return tokenizer_from_gguf(reader.metadata)
+    return load_tokenizer(directory)
+
+
+def pick_dtype(run: RunConfig, reader: Reader, device: torch.device) -> torch.dtype:
+    """`auto`: the checkpoint's own; bfloat16 for quantised weights, and for float16 on a CPU, which is slow at it."""
+    if run.dtype != "auto":
+        dtype = getattr(torch, run.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    info = reader.tensors["layers.0.attention.wq.weight"]
+    quantised = info.file_bytes < 2 * info.shape[0] * info.shape[1]
+    if quantised or (info.dtype == torch.float16 and device.type == "cpu"):
+        return torch.bfloat16
+    return info.dtype
+
+
+def check_run(run: RunConfig) -> Checked:
+    """Everything that headers and flags can tell. Raises ConfigError or CheckpointError; touches no other rank."""
+    launch = read_launch()
+    mp_size = model_parallel_size(run, launch)
+    if run.units is not None and run.units < mp_size:
+        raise ConfigError(f"--units {run.units} is less than {mp_size} model-parallel ranks; use {mp_size} or more")
+    device = pick_device(run, launch)
+    reader = open_checkpoint(run.ckpt_dir)
+    tokenizer = read_tokenizer(run, reader)
+    config = reader.config
+    if tokenizer.n_words > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.n_words} words, the checkpoint {config.vocab_size}; "
+            "pass the --tokenizer_path that belongs to it"
+        )
+    if run.max_seq_len is not None and run.max_seq_len > config.max_position:
+        log.warning("--max_seq_len %d is beyond the %d the model was made for", run.max_seq_len, config.max_position)
+    max_seq_len = run.max_seq_len or min(config.max_position, DEFAULT_SEQ_LEN)
+    return Checked(reader, tokenizer, max_seq_len, pick_dtype(run, reader, device))
+
+
+def _identity(run: RunConfig, checked: Checked) -> dict[str, object]:
+    """What must be alike on every rank for the ranks to compute the same."""
+    shared = {k: v for k, v in asdict(run).items() if k not in ("ckpt_dir", "tokenizer_path", "verbose")}
+    reader = checked.reader
+    tensors = json.dumps({name: (info.shape, str(info.dtype)) for name, info in reader.tensors.items()})
+    digest = hashlib.blake2b((tensors + repr(reader.config)).encode(), digest_size=8).hexdigest()
+    words = checked.tokenizer.n_words
+    return {**shared, "checkpoint": digest, "words": words, "llama_dist": __version__, "torch": torch.__version__}
+
+
+def open_session(run: RunConfig, checked: Checked | None = None) -> Session:
+    """Join the ranks and load this one's part of the model. Every rank calls it alike."""
+    checked = checked or check_run(run)
+    reader, config = checked.reader, checked.reader.config
+    world = join(run)
+    agree(world, _identity(run, checked), "their flags, checkpoint or versions")
+    units = cut_model(
+        config.n_heads, config.n_kv_heads, config.hidden_dim, config.vocab_size, units_for(world.mp_size, run.units)
+    )
+    began = time.monotonic()
+    model = Transformer(config, units, world.mp_rank, world.mp_size, dtype=checked.dtype, device=world.device)
+    load(model, reader, progress=world.rank == 0)
+    reader.close()
+    log.info(
+        "%s: %s, %s on %d x %s, %d replica%s, loaded in %.1f s",
+        Path(run.ckpt_dir).name,
+        config.family,
+        str(checked.dtype).removeprefix("torch."),
+        world.mp_size,
+        world.device.type,
+        world.n_replicas,
+        "" if world.n_replicas == 1 else "s",
+        time.monotonic() - began,
+    )
+    engine = Engine(
+        model,
+        model.new_cache(run.max_batch_size, checked.max_seq_len),
+        world,
+        run.max_batch_size,
+        checked.max_seq_len,
+        checked.tokenizer.stop_ids | frozenset(config.eos_ids),
+        run.seed,
+        run.check_every,
+    )
+    agree(world, "loaded", "having loaded")
+    return Session(run, world, config, checked.tokenizer, engine, checked.max_seq_len)
+
+
+def complete(session: Session, requests: Sequence[Request], on_token: OnToken | None = None) -> list[Completion]:
+    """Serve `requests`, dealt in turn over the replicas; all completions in order, on every rank.
+
+    Every rank calls it with the same requests, whose ids are unique. `on_token` hears of replica 0's tokens, on its
+    ranks. Raises RequestError before anything is computed, DesyncError where the ranks' requests differ.
+    """
+    world, engine = session.world, session.engine
+    for request in requests:
+        engine.validate(request)
+    text = json.dumps([request.to_json() for request in requests])
+    agree(world, hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), "the requests they were given")
+    mine = requests[world.replica :: world.n_replicas]
+    completions = engine.run(mine, on_token if world.replica == 0 else None)
+    if world.n_replicas == 1:
+        return completions
+    # One rank of each replica tells; the others' answers are the same.
+    told = collect(world, [c.to_json() for c in completions] if world.mp_rank == 0 else [])
+    by_id = {c["request_id"]: Completion.from_json(c) for part in told for c in part}
+    return [by_id[request.id] for request in requests]

@@ -1,0 +1,186 @@
+"""What each command may be told: frozen dataclasses, one a command. No torch, so that a mistyped flag answers at once.
+
+A field that is itself a dataclass (RunConfig, SamplingParams) contributes its own fields as flags, with their types and
+defaults; `part` picks which. `option` describes a flag that only one command has.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from llama_dist.config import RunConfig
+from llama_dist.errors import ConfigError
+from llama_dist.request import SamplingParams
+
+SHARED_HELP: Mapping[str, str] = {
+    "ckpt_dir": "checkpoint: a folder (Meta .pth or safetensors) or a .gguf file",
+    "tokenizer_path": "tokenizer file; default: what lies in the checkpoint directory",
+    "max_seq_len": "longest sequence in tokens, prompt and answer; default: the model's own, at most 4096",
+    "max_batch_size": "sequences computed at once",
+    "model_parallel_size": "ranks that share one copy of the model; default: all; fewer make replicas",
+    "units": "pieces every parallel dimension is cut into; default: 8, or the ranks where more",
+    "seed": "seed of the sampler; the same seed gives the same text on any number of ranks",
+    "dtype": "type of weights and activations: auto, float32, bfloat16 or float16",
+    "device": "auto, cpu or cuda",
+    "chat_format": "chat format in place of the one found: see `inspect`",
+    "timeout": "seconds a rank waits for the others before it gives up",
+    "check_every": "ticks between two comparisons of what the ranks sampled",
+    "verbose": "logs of every rank, and more of them",
+    "temperature": "0 is greedy; higher is more varied",
+    "top_p": "mass of the nucleus to sample from, 0 to 1",
+    "max_gen_len": "longest answer in tokens; default: up to --max_seq_len",
+    "logprobs": "log probability of every token (with --json)",
+    "echo": "answers begin with their prompt",
+}
+"""One line of help for each flag that comes from RunConfig or SamplingParams, by the flag's name."""
+
+RENAMED: Mapping[str, str] = {"max_tokens": "max_gen_len"}
+"""Fields whose flag keeps the name that users of Meta's scripts know."""
+
+
+def option(help: str, parse: Callable[[str], Any] | None = None) -> dict[str, Any]:
+    """Metadata of a command's own flag. `parse` turns its text into the value (ValueError: "must be …")."""
+    return {"help": help, "parse": parse}
+
+
+def part(*names: str) -> dict[str, Any]:
+    """Metadata of a nested dataclass: the fields of it that become flags; none named: all."""
+    return {"names": names}
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """`1,2,4` to (1, 2, 4)."""
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text) or 0 in (counts := [int(n) for n in text.split(",")]):
+        raise ValueError("must be a whole number from 1, or several with commas such as 1,2,4")
+    return tuple(counts)
+
+
+SIZE_UNITS: Mapping[str, int] = {
+    "B": 1,
+    **{f"{letter}B": 1000**i for i, letter in enumerate("KMGT", 1)},
+    **{f"{letter}iB": 1024**i for i, letter in enumerate("KMGT", 1)},
+}
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """`80GB` or `79.6GiB,79.6GiB` to bytes: GB is 10^9, GiB is 2^30."""
+    units = {name.lower(): factor for name, factor in SIZE_UNITS.items()}
+    sizes = []
+    for item in text.split(","):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", item)
+        if not found or found[2].lower() not in units:
+            raise ValueError(f"must be a size with its unit ({', '.join(SIZE_UNITS)}), such as 80GB or 79.6GiB")
+        size = float(found[1]) * units[found[2].lower()]
+        if not (math.isfinite(size) and size >= 1):
+            raise ValueError("must be at least one byte")
+        sizes.append(int(size))
+    return tuple(sizes)
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """completes prompts
+
+    The text of the answers goes to stdout. Several answers have an empty line between them, and each prompt goes to
+    stderr, after "> ", before its answer; a program that reads several answers wants --json. The last line of stderr
+    counts tokens and seconds.
+    """
+
+    run: RunConfig = field(metadata=part())
+    sampling: SamplingParams = field(metadata=part("temperature", "top_p", "max_tokens", "logprobs", "echo"))
+    prompt: tuple[str, ...] = field(
+        default=(), metadata=option("a prompt; several: repeat the flag, or give a JSON list of strings")
+    )
+    prompts_file: str | None = field(
+        default=None,
+        metadata=option('a file of prompts, one a line: plain text, or JSON objects with "prompt"; - is stdin'),
+    )
+    chat: bool = field(
+        default=False, metadata=option("put each prompt to the model as a user's message, in its chat format")
+    )
+    json: bool = field(
+        default=False, metadata=option("one JSON object a line: prompt, text, token_ids, logprobs, finish_reason")
+    )
+
+    def __post_init__(self) -> None:
+        if self.prompt and self.prompts_file is not None:
+            raise ConfigError("--prompt and --prompts_file exclude each other; give one of them")
+        if not self.prompt and self.prompts_file is None:
+            raise ConfigError("no prompt: give --prompt TEXT or --prompts_file FILE")
+        if self.sampling.logprobs and not self.json:
+            raise ConfigError("--logprobs has no place in plain text; add --json")
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """a conversation on the terminal
+
+    Reads a message a line from stdin and streams the answers to stdout; prompt marks and notes go to stderr. Lines
+    that begin with / are commands: /help lists them. The oldest turns are dropped when the history grows too long.
+    """
+
+    run: RunConfig = field(metadata=part())
+    sampling: SamplingParams = field(metadata=part("temperature", "top_p", "max_tokens"))
+    system: str | None = field(default=None, metadata=option("system prompt"))
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """says what a checkpoint is
+
+    Reads headers only, no weights. Results go to stdout.
+    """
+
+    run: RunConfig = field(metadata=part("ckpt_dir", "tokenizer_path", "chat_format"))
+    json: bool = field(default=False, metadata=option("one JSON object"))
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """counts what a model needs of so many GPUs
+
+    Needs no GPU and reads no weights. Sizes: GB is 10^9 bytes, GiB is 2^30. Exit code 2 when nothing fits.
+    """
+
+    run: RunConfig = field(metadata=part("ckpt_dir", "max_seq_len", "max_batch_size", "dtype", "units"))
+    gpus: tuple[int, ...] = field(
+        metadata=option("GPUs that share the model: 8, or several to compare: 1,2,4,8", parse=parse_counts)
+    )
+    gpu_memory: tuple[int, ...] = field(
+        metadata=option(
+            "memory of a GPU: 80GB; or of each one: 80GB,80GB,40GB (the smallest decides)", parse=parse_sizes
+        )
+    )
+    json: bool = field(default=False, metadata=option("one JSON object a line, one for each number of GPUs"))
+
+    def __post_init__(self) -> None:
+        if len(self.gpu_memory) > 1 and any(len(self.gpu_memory) != n for n in self.gpus):
+            raise ConfigError(
+                f"--gpu_memory lists {len(self.gpu_memory)} sizes for --gpus {','.join(map(str, self.gpus))}; "
+                "give one size, or one for each GPU"
+            )
+
+
+ConvertFormat = Literal["hf", "meta"]
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """writes a checkpoint in another format
+
+    Streams: memory stays near one tensor. One process is enough; do not start it under torchrun.
+    """
+
+    run: RunConfig = field(metadata=part("ckpt_dir", "tokenizer_path", "dtype", "model_parallel_size"))
+    out_dir: str = field(metadata=option("folder to write; it must be empty or not there yet"))
+    format: str = field(default="hf", metadata=option(f"format to write: {' or '.join(get_args(ConvertFormat))}"))
+
+    def __post_init__(self) -> None:
+        if self.format not in get_args(ConvertFormat):
+            raise ConfigError(f"--format is {self.format!r}, must be one of {', '.join(get_args(ConvertFormat))}")
+        if self.format == "hf" and self.run.model_parallel_size is not None:
+            raise ConfigError("--model_parallel_size is for --format meta; safetensors are not cut by rank")
