@@ -36,7 +36,7 @@ def refuse(err: LlamaDistError, rank: int, speaks: bool) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, run. Returns the exit code: 0, 2 for what the user can mend, 1 for the rest."""
-    rank = local_rank = 0
+    rank, local_rank = 0, 0
     try:
         launch = read_launch()
         rank, local_rank = launch.rank, launch.local_rank
@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     set_up_logging(rank, line.options.run.verbose)
     try:
-        work = cli.prepare(line)
+        work = cli.prepare(line, launch.size)
+        if line.command not in cli.ON_RANKS:
+            return work()
     except LlamaDistError as err:  # files may differ from host to host: one rank of each speaks
         return refuse(err, rank, speaks=local_rank == 0)
     except KeyboardInterrupt:

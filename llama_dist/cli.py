@@ -23,6 +23,9 @@ COMMANDS: Mapping[str, type] = {
 }
 """Each command has a module of its name in `frontend`, whose `prepare(options)` checks all and returns the work."""
 
+ON_RANKS = frozenset({"generate", "chat"})
+"""The commands that several ranks run together; the others are one process."""
+
 HELP_WORDS = ("--help", "-h", "help")
 
 
@@ -78,11 +81,15 @@ def parse(argv: Sequence[str]) -> Line:
     return line
 
 
-def prepare(line: Line) -> Callable[[], int]:
+def prepare(line: Line, n_ranks: int) -> Callable[[], int]:
     """Check a command against its files and the ranks that were started; what is returned does the work.
 
     Every refusal that needs no other rank comes from here, before any process group, weight or prompt is touched.
     """
+    if n_ranks > 1 and line.command not in ON_RANKS:
+        raise ConfigError(
+            f"{line.command} is one process; start it as `python -m llama_dist {line.command}`, no launcher"
+        )
     module = importlib.import_module(f"llama_dist.frontend.{line.command}")
     work: Callable[[], int] = module.prepare(line.options)
     return work

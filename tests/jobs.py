@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llama_dist.config import RunConfig
-from llama_dist.engine.session import Session, complete, open_session
+from llama_dist.engine import engine
+from llama_dist.engine.session import Session, check_run, complete, open_session
+from llama_dist.errors import DesyncError, RequestError
+from llama_dist.generation import Llama
 from llama_dist.request import Request, SamplingParams
+from llama_dist.text.chat import encode_dialog, pick_chat_format
 
 Answer = tuple[list[int], list[float], str]
 
@@ -40,3 +44,76 @@ def answer(session: Session, ask: Ask) -> list[Answer]:
     requests = [Request(f"{i}", tuple(ids), params) for i, ids in enumerate(ask.prompts)]
     done = complete(session, requests)
     return [(list(c.token_ids), list(c.logprobs or ()), c.finish_reason) for c in done]
+
+
+def chat_ids(folder: str, questions: Sequence[str]) -> list[list[int]]:
+    """Each question as the only user message of a dialog, in the checkpoint's own chat format."""
+    checked = check_run(RunConfig(ckpt_dir=folder))
+    style = pick_chat_format(checked.tokenizer, checked.reader.config.family, None)
+    return [encode_dialog(checked.tokenizer, [{"role": "user", "content": q}], style) for q in questions]
+
+
+def llama_calls(folder: str, mp_size: int | None) -> dict[str, Any]:
+    """What Meta's API returns on this rank, for several ways to call it."""
+    llama = Llama.build(folder, f"{folder}/tokenizer.json", 64, 3, mp_size, seed=5, dtype="float32", device="cpu")
+    prompts = [[5, 250, 17], [42], [201, 13, 88, 5, 90], [9] * 20, [100, 101]]
+    greedy, none = llama.generate(prompts, 8, temperature=0)
+    sampled = llama.generate(prompts, 8, temperature=1.5, top_p=0.95)[0]
+    again = llama.generate(prompts, 8, temperature=1.5, top_p=0.95)[0]
+    tokens, logprobs = llama.generate(prompts, 8, temperature=1.0, logprobs=True, echo=True)
+    assert logprobs is not None
+    rescored = llama.generate(tokens, 0, temperature=0, logprobs=True, echo=True)
+    return {
+        "greedy": greedy,
+        "none": none,
+        "sampled": sampled,
+        "again": again,
+        "tokens": tokens,
+        "logprobs": logprobs,
+        "rescored": rescored,
+        "prompts": prompts,
+        "text": llama.text_completion(["hello", "a b"], temperature=0, max_gen_len=5),
+        "text_logprobs": llama.text_completion(["hello"], temperature=0, max_gen_len=5, logprobs=True, echo=True),
+        "chat": llama.chat_completion([[{"role": "user", "content": "hello"}]], temperature=0, max_gen_len=5),
+        "errors": [_error(llama, ids) for ids in ([], [1] * 65, [5, 10**6], [-1])],
+        "full": llama.generate([[7] * 64, [7] * 62], 8, temperature=0)[0],
+        "nothing": llama.generate([], 8),
+    }
+
+
+def _error(llama: Llama, ids: list[int]) -> tuple[str, str | None]:
+    try:
+        llama.generate([[5], ids], 4)
+    except RequestError as err:
+        return str(err), err.field
+    return "no error", None
+
+
+def one_rank_samples_differently(folder: str) -> str:
+    """Rank 1 draws another token at its third position: what each rank then raises."""
+    session = open_for(Ask(folder, [], 0))
+    if session.world.rank == 1:
+        drawn = engine.sample
+        engine.sample = lambda *a: drawn(*a) if a[-1] != 5 else (drawn(*a) + 1) % 200  # type: ignore[assignment]
+    try:
+        answer(session, Ask(folder, [[5, 6, 7]], 8))
+    except DesyncError as err:
+        return str(err)
+    return "no error"
+
+
+def other_prompts(folder: str) -> str:
+    """Rank 2 is called with another prompt: what each rank then raises."""
+    session = open_for(Ask(folder, [], 0))
+    try:
+        answer(session, Ask(folder, [[5, 6, 7 + (session.world.rank == 2)]], 8))
+    except DesyncError as err:
+        return str(err)
+    return "no error"
+
+
+def bytes_held(folder: str) -> dict[str, int]:
+    """Bytes of weights and of cache this rank allocated."""
+    session = open_for(Ask(folder, [], 0, {"max_batch_size": 2}))
+    model = session.engine.model
+    return {"weights": sum(p.nbytes for p in model.parameters()), "cache": session.engine.cache.n_bytes}

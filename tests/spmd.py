@@ -76,7 +76,7 @@ def run_ranks(
     while pending:
         ready = wait(list(pending), timeout)
         if not ready:
-            errors.update({rank: f"no answer within {timeout} s" for rank in pending.values()})
+            errors.update(dict.fromkeys(pending.values(), f"no answer within {timeout} s"))
             break
         for pipe in ready:
             rank = pending.pop(pipe)  # type: ignore[call-overload]

@@ -13,18 +13,23 @@ from tests.jobs import Answer, Ask, answers
 from tests.spmd import run_ranks
 
 NEW = 16
-PROMPTS = [[5, 250, 17, 99, 31, 7, 7, 120, 64, 200, 3 + 40, 18, 77, 140, 9 + 50, 33, 71, 8 + 90, 211, 44, 60], [42], [201, 13, 88, 5, 90]]  # fmt: skip
+Wanted = tuple[list[int], list[float]]
+PROMPTS = [
+    [5, 250, 17, 99, 31, 7, 7, 120, 64, 200, 43, 18, 77, 140, 59, 33, 71, 98, 211, 44, 60],
+    [42],
+    [201, 13, 88, 5, 90],
+]
 TOLERANCE = 1e-4  # of a logprob, float32
 WORLDS = [1, 2, 3, 4, pytest.param(5, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)]
 
 
-def assert_same(got: Answer, want: tuple[list[int], list[float]], what: str) -> None:
+def assert_same(got: Answer, want: Wanted, what: str) -> None:
     assert got[0] == want[0], what
     assert got[1] == pytest.approx(want[1], abs=TOLERANCE), what
 
 
 @functools.lru_cache
-def wanted(name: str) -> list[tuple[list[int], list[float]]]:
+def wanted(name: str) -> list[Wanted]:
     stop = {tiny_tokenizer.EOS, tiny_tokenizer.IM_END}
     return [reference.hf_greedy(name, ids, NEW, stop) for ids in PROMPTS]
 
@@ -52,11 +57,16 @@ def forms_of(name: str) -> list[str]:
 
 @pytest.mark.spmd
 @pytest.mark.parametrize("world", WORLDS)
-def test_every_format_as_metas_code(checkpoint: Saver, meta_answers: dict[str, list[tuple[list[int], list[float]]]], world: int) -> None:  # fmt: skip
+def test_every_format_as_metas_code(checkpoint: Saver, meta_answers: dict[str, list[Wanted]], world: int) -> None:
     cases = [(name, form) for name in META_CASES for form in forms_of(name)]
     # Meta's code knows no stop ids: a stop of ours must be where its answer has one
     asks = [
-        Ask(str(checkpoint(name, form)), PROMPTS, NEW, {"tokenizer_path": str(checkpoint(name, "hf") / "tokenizer.json")})
+        Ask(
+            str(checkpoint(name, form)),
+            PROMPTS,
+            NEW,
+            {"tokenizer_path": str(checkpoint(name, "hf") / "tokenizer.json")},
+        )
         for name, form in cases
     ]
     got = run_ranks(world, answers, asks, timeout=240)[0]
@@ -68,5 +78,5 @@ def test_every_format_as_metas_code(checkpoint: Saver, meta_answers: dict[str, l
 
 
 @pytest.fixture(scope="module")
-def meta_answers(checkpoint: Saver) -> dict[str, list[tuple[list[int], list[float]]]]:
+def meta_answers(checkpoint: Saver) -> dict[str, list[Wanted]]:
     return {name: reference.meta_greedy(Path(checkpoint(name, "meta1")), PROMPTS, NEW) for name in META_CASES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -67,10 +68,8 @@ class Job:
 
     def close(self) -> None:
         for pid in [*self.pids.values(), self.process.pid]:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         self.process.wait()
 
 
@@ -142,7 +141,7 @@ def test_a_signal_ends_the_job_cleanly(start, number: signal.Signals) -> None:  
     job.end(within=5)
     lines = job.lines()
     assert len(lines) == 1 and re.search(r"stopped by SIG(INT|TERM)", lines[0]), lines
-    assert "fault_job.py\", line" not in job.log.read_text(), "a worker's traceback"
+    assert 'fault_job.py", line' not in job.log.read_text(), "a worker's traceback"
 
 
 def test_killing_torchrun_leaves_no_orphan(start) -> None:  # type: ignore[no-untyped-def]

@@ -63,7 +63,8 @@ def load_kind(name: str) -> PieceTokenizer:
         return tokenizer_from_gguf(smollm2_metadata())
     if name == "mistral-gguf":
         return tokenizer_from_gguf(mistral_metadata())
-    return from_json({"tiny-json": tiny_tokenizer.tokenizer_json, **_MADE}[name]())
+    config = {"bos_token": "<s>", "eos_token": "</s>"}
+    return from_json({"tiny-json": tiny_tokenizer.tokenizer_json, **_MADE}[name](), tokenizer_config=config)
 
 
 def from_json(spec: dict[str, Any], **beside: dict[str, Any]) -> PieceTokenizer:

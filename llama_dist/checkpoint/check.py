@@ -18,8 +18,11 @@ def name_some(names: Iterable[str], limit: int = 3) -> str:
     return ", ".join(repr(item)[1:-1][:100] for item in items[:limit]) + more
 
 
-def check_names(source: str, expected: Iterable[str], found: Iterable[str]) -> None:
-    """Both sets of names, as the files spell them, must be equal; CheckpointError names the difference."""
+def check_names(source: str, expected: Iterable[str], found: Iterable[str], by: str = "the config") -> None:
+    """Both sets of names, as the files spell them, must be equal; CheckpointError names the difference.
+
+    `by` is what the expected names follow from.
+    """
     wanted, there = dict.fromkeys(expected), dict.fromkeys(found)
     missing = [name for name in wanted if name not in there]
     extra = [name for name in there if name not in wanted]
@@ -27,7 +30,7 @@ def check_names(source: str, expected: Iterable[str], found: Iterable[str]) -> N
     if missing:
         faults.append(f"{len(missing)} of {len(wanted)} tensors missing: {name_some(missing)}")
     if extra:
-        faults.append(f"{len(extra)} tensors that the config does not account for: {name_some(extra)}")
+        faults.append(f"{len(extra)} tensors that {by} does not account for: {name_some(extra)}")
     if faults:
         raise CheckpointError(f"{source}: {'; '.join(faults)}")
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from llama_dist.errors import CheckpointError
 
-MAX_JSON = 8 * 2**20
+MAX_JSON = 4 * 2**20
 """Bytes of JSON worth parsing. The largest real header or index is below 1 MB, and a byte can cost 20 as an object."""
 
 
@@ -87,7 +87,7 @@ def parse_json(data: bytes, source: str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of at most 8 MiB; CheckpointError names the file otherwise."""
+    """The JSON object in a file of at most 4 MiB; CheckpointError names the file otherwise."""
     file = File(path)
     try:
         if file.size > MAX_JSON:

@@ -24,7 +24,7 @@ from llama_dist.checkpoint.files import File
 from llama_dist.checkpoint.stored import BF16, F16, F32, Encoding, Stored
 from llama_dist.errors import CheckpointError
 
-MAX_ITEMS = 4_000_000
+MAX_ITEMS = 2_000_000
 """Array items of a whole file: the largest vocabularies have 256 thousand tokens and twice as many merges."""
 MAX_ENTRIES = 2**16
 """Keys, and tensors, of a file."""

@@ -20,7 +20,7 @@ from llama_dist.checkpoint.files import File
 from llama_dist.checkpoint.stored import BF16, F16, F32, Stored
 from llama_dist.errors import CheckpointError
 
-MAX_PICKLE = 2**20
+MAX_PICKLE = 2**19
 """Bytes of data.pkl that are worth running: a thousand tensors take some 200 KB."""
 MAX_DIRECTORY = 4 * 2**20
 """Bytes of the zip's central directory, for the same reason."""
@@ -74,8 +74,8 @@ def read_pth_header(file: File) -> dict[str, Stored]:
 
 def _zip_entries(file: File) -> dict[str, tuple[int, int]]:
     """Offset and size of each entry's bytes. All must be stored as they are and lie in the file."""
+    _bound_directory(file)
     try:
-        _bound_directory(file)
         with open(file.path, "rb") as handle, zipfile.ZipFile(handle) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, UnicodeDecodeError) as error:

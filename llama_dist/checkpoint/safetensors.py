@@ -65,7 +65,7 @@ def _read_headers(directory: Path, files: list[File]) -> dict[str, Stored]:
         files.append(File(directory / name))
         header = read_header(files[-1])
         listed = [tensor for tensor, file in weight_map.items() if file == name]
-        check_names(f"{directory / name} against {INDEX}", listed, header)
+        check_names(str(directory / name), listed, header, by=INDEX)
         found |= header
     size = sum(s.n_bytes for s in found.values() if s.encoding is not None)
     if total is not None and total != size:

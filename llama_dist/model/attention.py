@@ -27,7 +27,7 @@ def attend(
     """Causal attention of one sequence's newest queries over all its keys.
 
     q [heads, n, head_dim] at positions start ... start + n - 1; k, v [kv_heads, start + n, head_dim]; query head i
-    reads KV head `of_query[i]`. With a window, a query sees that many keys, itself the last. Gives [heads, n, head_dim].
+    reads KV head `of_query[i]`. With a window a query sees that many keys, itself the last. -> [heads, n, head_dim].
     """
     n, total = q.shape[1], k.shape[1]
     first = 0 if window is None else max(0, start - window + 1)  # the first key any of the queries sees
@@ -105,5 +105,5 @@ class Attention(nn.Module):
         q, k = rotate(q, *angles), rotate(k, *angles)
         cache.write(self.layer, batch, k, v)
         lengths = [span.length for span in batch.spans]
-        parts = [self._one(part, cache, span) for part, span in zip(q.split(lengths), batch.spans, strict=True)]
+        parts = [self._one(part, cache, span) for part, span in zip(torch.split(q, lengths), batch.spans, strict=True)]
         return self.wo(torch.cat(parts))  # type: ignore[no-any-return]

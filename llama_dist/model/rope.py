@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021) in the half-rotated order, with Llama 3.1's, linear and dynamic scaling."""
+"""Rotary position embedding (Su et al. 2021) in the half-rotated order, with Llama 3's, linear and dynamic scaling."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def agree(world: World, value: Any, what: str) -> None:
 
 
 def check(world: World, digest: int, what: str) -> None:
-    """The ranks of this replica computed the same: `digest` (63 bits) of it is compared. DesyncError names who did not."""
+    """Compare a digest (63 bits) of what the ranks of this replica computed. DesyncError names who differs."""
     channel = world.replica_channel
     n = len(channel.ranks)
     if n == 1:

@@ -59,9 +59,7 @@ class ColumnParallelLinear(fs_layers.ColumnParallelLinear):  # type: ignore[misc
     `rows` counts entries of the output dimension.
     """
 
-    def __init__(
-        self, in_features: int, rows: Slice, *, bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, in_features: int, rows: Slice, *, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
         nn.Module.__init__(self)  # past fairscale's, which would allocate the full weight
         self.in_features = in_features
         self.out_features = rows.padded * fs.get_model_parallel_world_size()

@@ -25,7 +25,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import NoReturn
 
-import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from llama_dist.errors import LlamaDistError, PeerLost
 from llama_dist.parallel.launch import Launch, read_launch
@@ -76,7 +76,7 @@ class Watch:
         self.lost: PeerLost | None = None
         self._cards: list[Card] = []
         self._beats: dict[int, tuple[int, float]] = {}
-        self._store: dist.Store | None = None
+        self._store: Store | None = None
         self._leaving = False
         self._finishing = threading.Lock()
         self._pidfds: dict[int, int] = {}
@@ -103,7 +103,7 @@ class Watch:
             signal.signal(number, lambda *_: None)  # the wake-up byte is written before any Python code runs
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
 
-    def attach(self, store: dist.Store, launch: Launch) -> None:
+    def attach(self, store: Store, launch: Launch) -> None:
         """Exchange cards with the other ranks and start watching them. Call when the default group is up."""
         if launch.launcher == "torchrun":
             self._die_with_parent()
@@ -111,7 +111,7 @@ class Watch:
             return
         store.set(f"card/{self.rank}", json.dumps(asdict(_my_card(self.rank))))
         self._cards = [Card(**json.loads(store.get(f"card/{r}"))) for r in range(launch.size)]
-        side = store.clone()
+        side = store.clone()  # type: ignore[attr-defined]
         side.set_timeout(timedelta(seconds=3))
         mine = self._cards[self.rank]
         for card in self._cards:
@@ -185,7 +185,7 @@ class Watch:
             return
         self._lose(self._reported() or f"{self._cards[rank]} died")
 
-    def _on_beat(self, store: dist.Store) -> None:
+    def _on_beat(self, store: Store) -> None:
         try:
             store.add(f"beat/{self.rank}", 1)
             remote = [c for c in self._cards if c.rank != self.rank and c.rank not in self._pidfds.values()]
@@ -199,7 +199,7 @@ class Watch:
         elif silent:
             self._lose(f"{silent[0]} has not been heard of for {LOST_HOST:g} s")
 
-    def _silence(self, store: dist.Store, rank: int) -> float:
+    def _silence(self, store: Store, rank: int) -> float:
         """Seconds since the heartbeat of `rank` last moved."""
         count, now = store.add(f"beat/{rank}", 0), time.monotonic()
         seen, when = self._beats.get(rank, (-1, now))
@@ -274,7 +274,7 @@ class Watch:
         return code
 
     def finish(self, message: str, code: int) -> NoReturn:
-        """Print the line (the first rank to fail does), flush, and leave at once: teardown after a lost peer can abort."""
+        """Print the line (the first rank to fail does), flush, leave at once: teardown after a lost peer can abort."""
         self._finishing.acquire()  # a second caller waits here until the process ends
         if self._post(message):
             _say(f"[rank {self.rank}] {message}" if self._cards else message)

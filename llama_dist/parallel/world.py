@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fs
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from llama_dist.config import RunConfig
 from llama_dist.errors import ConfigError, PeerLost
@@ -71,7 +72,9 @@ def pick_device(run: RunConfig, launch: Launch) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 0:
-        raise ConfigError("--device cuda, but torch finds no CUDA device here; use --device cpu or install CUDA's torch")
+        raise ConfigError(
+            "--device cuda, but torch finds no CUDA device here; use --device cpu or install CUDA's torch"
+        )
     if launch.local_rank >= count:
         raise ConfigError(
             f"rank {launch.rank} is number {launch.local_rank} on this host, which has {count} CUDA devices; "
@@ -86,12 +89,12 @@ def _set_threads(launch: Launch) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
 
 
-def _store(launch: Launch, timeout: datetime.timedelta) -> dist.Store:
+def _store(launch: Launch, timeout: datetime.timedelta) -> Store:
     if launch.size == 1 and launch.launcher == "alone":
-        return dist.HashStore()
+        return HashStore()
     master = launch.rank == 0 and not launch.agent_store
     try:
-        store = dist.TCPStore(
+        store = TCPStore(
             launch.host, launch.port, launch.size, is_master=master, timeout=timeout, wait_for_workers=False
         )
     except (dist.DistError, RuntimeError, OSError) as err:
@@ -101,7 +104,7 @@ def _store(launch: Launch, timeout: datetime.timedelta) -> dist.Store:
             "check MASTER_ADDR, MASTER_PORT and that rank 0 started"
         ) from err
     # A restarted attempt must not read what the dead one left.
-    return dist.PrefixStore(f"llama_dist/{launch.attempt}", store)
+    return PrefixStore(f"llama_dist/{launch.attempt}", store)
 
 
 def _set_timeout(group: dist.ProcessGroup, timeout: datetime.timedelta) -> None:
@@ -109,7 +112,7 @@ def _set_timeout(group: dist.ProcessGroup, timeout: datetime.timedelta) -> None:
     dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
-def _missing(store: dist.Store, size: int) -> str:
+def _missing(store: Store, size: int) -> str:
     try:
         lost = [str(r) for r in range(size) if not store.check([f"here/{r}"])]
     except RuntimeError:

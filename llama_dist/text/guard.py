@@ -1,8 +1,8 @@
-"""Keeps what people wrote apart from what a template wrote, through any string operation a template may apply.
+"""Keeps what people wrote apart from what a template wrote, though a template renders both into one string.
 
-A template renders contents and scaffolding into one string, in which control tokens are then looked for. So every
-place where a content spells one is broken by a noncharacter first. Whatever still reads as a control token after
-rendering was written by the template.
+Control tokens are looked for in that string. So every place where a content spells one, alone or together with what
+may stand beside it, is broken by a noncharacter first, and the break outlives trimming, searching, splitting and
+replacing. Whatever still reads as a control token after rendering was written by the template.
 """
 
 from __future__ import annotations
@@ -62,20 +62,18 @@ class Guard:
 
     def _edges(self, content: str) -> Iterator[int]:
         """Where `content`, with or without the white space at its ends, could complete a token with its neighbours."""
-        begin = len(content) - len(content.lstrip())
-        end = len(content.rstrip())
-        if begin >= end:
-            begin, end = 0, len(content)
-        for start, stop in {(begin, end), (0, len(content))}:
+        listed = "".join(f"\0{token}\0" for token in self.special)
+        longest = max(map(len, self.special), default=0)
+        stripped = (len(content) - len(content.lstrip()), len(content.rstrip()))
+        for start, stop in {stripped, (0, len(content))}:
             core = content[start:stop]
             if not core:
                 continue
-            for token in self.special:
-                inside = core in token
-                if inside or any(core.startswith(token[n:]) for n in range(1, len(token))):
-                    yield start
-                if inside or any(core.endswith(token[:n]) for n in range(1, len(token))):
-                    yield stop
+            inside = len(core) < longest and core in listed
+            if inside or any(core[:n] + "\0" in listed for n in range(1, longest)):
+                yield start
+            if inside or any("\0" + core[-n:] in listed for n in range(1, longest)):
+                yield stop
 
 
 def make_guard(special: Mapping[str, int], shown: frozenset[str], texts: Iterable[str]) -> Guard:

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Sets up what the tests need, then checks style and types and runs them all:
+#   launch/test.sh [pytest's arguments]
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+
+ready_venv test
+cd "$root"
+# Real tokenizers and a small model, fetched once; without network the tests that want them are skipped.
+"$python" -m tests.assets >/dev/null || [[ "${CI:-}" != true ]] || die "the tests' files could not be fetched"
+"$python" -m ruff check .
+"$python" -m ruff format --check -q .
+"$python" -m mypy
+exec "$python" -m pytest "$@"
