@@ -18,8 +18,11 @@ given() {
 }
 
 ready_venv
-model="$("$python" "$root/launch/fetch_smollm2.py")"
-flags=(--ckpt_dir "$model" --chat)
+flags=(--chat)
+if ! given "ckpt_dir" "$@"; then
+    model="$("$python" "$root/launch/fetch_smollm2.py")"
+    flags+=(--ckpt_dir "$model")
+fi
 given "nproc_per_node" "$@" || flags+=(--nproc_per_node 2)
 # In float32 the answers are the same on any number of ranks.
 given "dtype" "$@" || flags+=(--dtype float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from llama_dist.config import RunConfig
@@ -117,3 +118,17 @@ def bytes_held(folder: str) -> dict[str, int]:
     session = open_for(Ask(folder, [], 0, {"max_batch_size": 2}))
     model = session.engine.model
     return {"weights": sum(p.nbytes for p in model.parameters()), "cache": session.engine.cache.n_bytes}
+
+
+def load_peak(folder: str) -> tuple[int, int]:
+    """Bytes by which opening a session raised this process's peak memory, and bytes of the weights it then holds."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    before = _status("VmRSS")
+    session = open_for(Ask(folder, [], 0))
+    held = sum(p.nbytes for p in session.engine.model.parameters())
+    return _status("VmHWM") - before, held
+
+
+def _status(key: str) -> int:
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{key}:")]
+    return int(line.split()[1]) * 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -113,7 +114,7 @@ def meta_chat() -> Any:
 def test_llama3_is_metas_format(meta_chat: Any, messages: list[Message]) -> None:
     from llama_models.datatypes import RawMessage
 
-    # The first Llama 3 strips contents, as does its Hugging Face template; this later reference leaves it to the caller.
+    # The first Llama 3 strips contents, as does its Hugging Face template; this later reference leaves it to callers.
     raw = [
         RawMessage(
             role=m["role"],
@@ -270,24 +271,14 @@ def templates_for(tokenizer: PieceTokenizer) -> list[str]:
     """Templates that put this vocabulary's control tokens right beside contents, and cut contents up."""
     names = sorted(tokenizer.special)
     first, second = names[0], names[-1]
-    return [
-        "{{ bos_token }}{% for m in messages %}"
-        + first
-        + "{{ m.role }}"
-        + second
-        + "{{ m.content }}"
-        + first
-        + "{% endfor %}",
-        "{% for m in messages %}"
-        + first[:2]
-        + "{{ (m.content | trim) or 'x' }}"
-        + first[-2:]
-        + "{% endfor %}"
-        + second,
-        "{{ messages | tojson }}"
-        + first
-        + "{% for m in messages %}{{ m.content[2:] }}{{ m.content[:-1] }}{% endfor %}",
-    ]
+    bodies = (
+        "{{ bos_token }}EACHfirst{{ m.role }}second{{ m.content }}firstEND",
+        "EACHhead{{ (m.content | trim) or 'x' }}tailENDsecond",
+        "{{ messages | tojson }}firstEACH{{ m.content.split('</think>')[-1] }} {{ m.content.replace('first', '') }}END",
+    )
+    words = {"EACH": "{% for m in messages %}", "END": "{% endfor %}", "first": first, "second": second}
+    words |= {"head": first[:2], "tail": first[-2:]}
+    return [re.sub("|".join(words), lambda match: words[match[0]], body) for body in bodies]
 
 
 @pytest.mark.parametrize("name", KINDS)

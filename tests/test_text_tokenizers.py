@@ -169,6 +169,9 @@ def test_text_never_becomes_a_control_token_and_comes_back(name: str) -> None:
         if name in SENTENCEPIECE_LIKE:
             # U+2581 is how sentencepiece writes a space.
             s = s.replace("\u2581", " ")
+        if name == "prefix-json" and s.startswith(" "):
+            # The tokenizers library puts no second space before one, and yet takes one away.
+            s = s[1:]
         # The one vocabulary has no token for bytes its training never saw, the other file normalises.
         if name != "tags-json" and (name != "smollm2-gguf" or set(s.encode()) <= known):
             assert back == s

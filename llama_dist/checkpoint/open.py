@@ -23,12 +23,14 @@ def open_checkpoint(path: str | Path) -> Reader:
     Raises CheckpointError, one line, when nothing or several checkpoints are found, or when anything in the headers
     is missing, left over, mis-shaped, of a type that is not read, damaged or hostile. Close the reader when done.
     """
-    opener, target = find_checkpoint(Path(path))
     try:
+        opener, target = find_checkpoint(Path(path))
         return opener(target)
     except ConfigError as error:
         # ModelConfig's own checks: the numbers came from the checkpoint, not from a flag.
-        raise CheckpointError(f"{target}: {error}") from None
+        raise CheckpointError(f"{path}: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror}") from None
 
 
 def find_checkpoint(path: Path) -> tuple[Callable[[Path], Reader], Path]:

@@ -11,8 +11,8 @@ import torch
 
 from llama_dist.checkpoint.files import File
 
-PIECE_BYTES = 64 * 2**20
-"""Most bytes a piece has, and most that are read for it."""
+PIECE_BYTES = 32 * 2**20
+"""Most bytes a piece has, and most that are read for it. A caller may hold the last piece while the next is made."""
 DECODED_BYTES = 16 * 2**20
 """The same for quantised pieces: decoding holds several temporaries of the piece's size."""
 SMALL_ROW = 16 * 2**10
