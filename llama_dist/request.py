@@ -9,15 +9,26 @@ from typing import Any, Literal
 
 from llama_dist.errors import RequestError
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one answer is sampled. Defaults are those of Llama 2's `generate`.
+    """How one answer is sampled. Defaults are those of Llama 2's `generate`; names and meanings those of vLLM.
 
-    `temperature` 0 is greedy; `top_p` 0 to 1 keeps the nucleus; `max_tokens` None: up to the sequence length.
-    `seed` None: derived from the run's seed and the request's id.
+    - `temperature` 0 or more; 0 is greedy. `top_p` 0 to 1 keeps the nucleus. `top_k` 0 keeps all. `min_p` 0 to 1 drops
+      tokens less likely than that share of the likeliest one.
+    - `max_tokens` None: up to the sequence length. `min_tokens`: no end, of any kind, before so many.
+    - `presence_penalty` and `frequency_penalty`, -2 to 2, are taken off the logits of tokens in the answer so far, once
+      and per occurrence; `repetition_penalty`, above 0 to 10, divides (negative: multiplies) those of tokens in prompt
+      or answer.
+    - `logit_bias`: (id, -100 to 100) added. `allowed_token_ids`: nothing else is drawn. `bad_words`: token sequences
+      whose last token is not drawn after the others.
+    - `stop`: strings that end the answer and are no part of it. `stop_token_ids` likewise. `ignore_eos`: the model's own
+      stop ids are tokens like others.
+    - `logprobs`: report each token's; `top_logprobs` 0 to 20: the likeliest alternatives too. `echo`: the answer begins
+      with the prompt, scored too where `logprobs`. `prompt_logprobs`: the same scores without the echo.
+    - `seed` None: derived from the run's seed and the request's id.
     """
 
     temperature: float = 0.6
@@ -26,16 +37,91 @@ class SamplingParams:
     logprobs: bool = False
     echo: bool = False
     seed: int | None = None
+    min_tokens: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise RequestError(f"temperature is {self.temperature}, must be 0 or more", "temperature")
-        if not 0 <= self.top_p <= 1:
-            raise RequestError(f"top_p is {self.top_p}, must be from 0 to 1", "top_p")
-        if self.max_tokens is not None and self.max_tokens < 0:
-            raise RequestError(f"max_tokens is {self.max_tokens}, must be 0 or more", "max_tokens")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise RequestError(f"seed is {self.seed}, must be from 0 to 2**63 - 1", "seed")
+        for name, low, high in _RANGES:
+            _within(name, getattr(self, name), low, high)
+        if self.repetition_penalty <= 0:
+            raise RequestError(
+                f"repetition_penalty is {self.repetition_penalty}, must be above 0", "repetition_penalty"
+            )
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens is {self.min_tokens}, must be at most max_tokens {self.max_tokens}", "min_tokens"
+            )
+        for _, bias in self.logit_bias:
+            _within("logit_bias", bias, -100, 100)
+        if any(not text for text in self.stop) or len(self.stop) > 16:
+            raise RequestError("stop must be at most 16 strings, none of them empty", "stop")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise RequestError("allowed_token_ids is empty, must name at least one token", "allowed_token_ids")
+        if any(not word for word in self.bad_words):
+            raise RequestError("bad_words has an empty word", "bad_words")
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's own logprobs are asked for."""
+        return self.prompt_logprobs or (self.echo and self.logprobs)
+
+    @property
+    def shapes_logits(self) -> bool:
+        """Whether anything beyond temperature and top_p stands between the model's logits and the draw."""
+        return bool(
+            self.top_k
+            or self.min_p
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1
+            or self.logit_bias
+            or self.allowed_token_ids is not None
+            or self.bad_words
+            or self.min_tokens
+        )
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> SamplingParams:
+        """From what `dataclasses.asdict` gives after a trip through JSON, where tuples are lists."""
+        return SamplingParams(**{key: _tuples(value) for key, value in data.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("temperature", 0, math.inf),
+    ("top_p", 0, 1),
+    ("max_tokens", 0, math.inf),
+    ("seed", 0, 2**63 - 1),
+    ("min_tokens", 0, math.inf),
+    ("top_k", 0, math.inf),
+    ("min_p", 0, 1),
+    ("presence_penalty", -2, 2),
+    ("frequency_penalty", -2, 2),
+    ("repetition_penalty", 0, 10),
+    ("top_logprobs", 0, 20),
+)
+
+
+def _within(name: str, value: float | None, low: float, high: float) -> None:
+    if value is None or (low <= value <= high and math.isfinite(value)):
+        return
+    bounds = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+    raise RequestError(f"{name} is {value}, must be {bounds}", name)
 
 
 @dataclass(frozen=True)
@@ -51,35 +137,52 @@ class Request:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Request:
-        return Request(data["id"], tuple(data["prompt"]), SamplingParams(**data["params"]))
+        return Request(data["id"], tuple(data["prompt"]), SamplingParams.from_json(data["params"]))
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Drop a request, queued or running; it ends with finish_reason "cancelled"."""
+
+    id: str
 
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One sampled token as it is drawn: for streaming."""
+    """One sampled token as it is drawn: for streaming. A stop string may still cut it off."""
 
     request_id: str
     token_id: int
     logprob: float | None
 
 
+TopLogprobs = tuple[tuple[int, float], ...]
+"""(token id, logprob) of the likeliest tokens of one place, the likeliest first."""
+
+
 @dataclass(frozen=True)
 class Completion:
-    """A finished answer. With `echo` both lists begin with the prompt; the first prompt token has logprob 0.0.
+    """A finished answer: its tokens, without the stop token that ended it.
 
-    `logprobs` are natural logs of the unscaled model distribution (no temperature, no nucleus). The stop token is
-    in neither list.
+    With `echo`, `token_ids`, `logprobs` and `top_logprobs` begin with the prompt, whose first token has logprob 0.0 and no
+    alternatives. Logprobs are natural logs of the unscaled model distribution (no temperature, no filters). A stop
+    string is cut off the text by `text_len`: the characters of the decoded answer that stand. `cached_tokens`: prompt
+    tokens found in the prefix cache. `error`: why the request failed, with finish_reason "error".
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None
     finish_reason: FinishReason
+    top_logprobs: tuple[TopLogprobs, ...] | None = None
+    prompt_logprobs: tuple[float, ...] | None = None
+    text_len: int | None = None
+    cached_tokens: int = 0
+    error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Completion:
-        logprobs = None if data["logprobs"] is None else tuple(data["logprobs"])
-        return Completion(data["request_id"], tuple(data["token_ids"]), logprobs, data["finish_reason"])
+        return Completion(**{key: _tuples(value) for key, value in data.items()})

@@ -1,0 +1,218 @@
+"""The scheduler and the page table, fuzzed in plain Python: whatever comes in, everything adds up and everyone ends."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from llama_dist.engine.pages import PageTable, page_keys
+from llama_dist.engine.scheduler import Scheduler, Sequence, Work
+from llama_dist.request import Request, SamplingParams
+
+
+@dataclass
+class Limits:
+    page_size: int
+    n_pages: int
+    max_batch_size: int
+    max_batch_tokens: int
+    max_seq_len: int
+    prefix_caching: bool
+
+
+def some_limits(rng: random.Random) -> Limits:
+    page_size, max_seq_len, batch = rng.choice([1, 2, 4, 8]), rng.randint(2, 40), rng.randint(1, 6)
+    least = -(-max_seq_len // page_size)
+    return Limits(
+        page_size,
+        least + rng.choice([0, 1, 5, 40]),
+        batch,
+        batch + rng.choice([0, 1, 7, 64]),
+        max_seq_len,
+        rng.random() < 0.7,
+    )
+
+
+def make(limits: Limits) -> Scheduler:
+    table = PageTable(limits.n_pages, limits.page_size)
+    return Scheduler(table, limits.max_batch_size, limits.max_batch_tokens, limits.max_seq_len, limits.prefix_caching)
+
+
+class World:
+    """Requests, and a model that is a pure function of the tokens it is shown: what a page holds can be checked."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits, self.scheduler = limits, make(limits)
+        self.memory: dict[tuple[int, int], tuple[int, ...]] = {}  # (page, place): all tokens up to there
+        self.started: list[int] = []
+        self.ended: dict[str, list[int]] = {}
+
+    def tick(self) -> list[Work]:
+        batch = self.scheduler.next_batch()
+        self.scheduler.check()
+        tokens = sum(w.length for w in batch)
+        assert tokens <= self.limits.max_batch_tokens and len(batch) <= self.limits.max_batch_size
+        assert batch or self.scheduler.idle, "requests wait and nothing is done"
+        for work in batch:
+            self.compute(work)
+        for work in batch:
+            self.finish_or_go_on(work)
+        self.scheduler.check()
+        return batch
+
+    def compute(self, work: Work) -> None:
+        s, size = work.sequence, self.limits.page_size
+        if s.arrival not in self.started:
+            self.started.append(s.arrival)
+        for i in range(work.start, work.start + work.length):
+            self.memory[s.pages[i // size], i % size] = tuple(s.tokens[: i + 1])
+        for i in range(work.start + work.length):  # what it reads is its own, also in pages it shares
+            assert self.memory[s.pages[i // size], i % size] == tuple(s.tokens[: i + 1])
+
+    def finish_or_go_on(self, work: Work) -> None:
+        s = work.sequence
+        done = work.last and len(s.tokens) >= s.limit
+        token = next_token(s.tokens) if work.last and not done else None
+        self.scheduler.commit(work, token)
+        if done or (token is not None and len(s.tokens) >= s.limit):
+            self.ended[s.request.id] = list(s.tokens)
+            self.scheduler.finish(s)
+
+
+def next_token(tokens: list[int]) -> int:
+    return sum((i + 1) * t for i, t in enumerate(tokens)) % 3
+
+
+def request(rng: random.Random, name: str, limits: Limits) -> Request:
+    # few different tokens and common beginnings: many shared pages
+    length = rng.randint(1, limits.max_seq_len)
+    prompt = [0] * rng.randint(0, length) + [rng.randrange(2) for _ in range(length)]
+    params = SamplingParams(max_tokens=rng.choice([None, 0, 1, rng.randint(0, 30)]), prompt_logprobs=rng.random() < 0.1)
+    return Request(name, tuple(prompt[:length]), params)
+
+
+def expected(request: Request, limits: Limits) -> list[int]:
+    tokens, most = list(request.prompt), request.params.max_tokens
+    end = limits.max_seq_len if most is None else min(limits.max_seq_len, len(tokens) + most)
+    while len(tokens) < end:
+        tokens.append(next_token(tokens))
+    return tokens
+
+
+def trace(seed: int) -> tuple[World, int]:
+    rng = random.Random(seed)
+    limits = some_limits(rng)
+    world = World(limits)
+    requests = [request(rng, f"r{i}", limits) for i in range(rng.randint(1, 12))]
+    cancelled: set[str] = set()
+    todo, ticks = list(requests), 0
+    while todo or not world.scheduler.idle:
+        while todo and rng.random() < 0.5:
+            world.scheduler.add(todo.pop(0))
+        if rng.random() < 0.03:
+            victim = rng.choice(requests).id
+            cancelled |= {s.request.id for s in world.scheduler.cancel([victim])}
+        if not world.scheduler.idle:
+            world.tick()
+        ticks += 1
+        assert ticks < 20_000, "does not end"
+    assert world.scheduler.table.n_held == 0, "pages were not given back"
+    for r in requests:
+        assert r.id in world.ended or r.id in cancelled, f"{r.id} was never answered"
+        if r.id in world.ended:
+            assert world.ended[r.id] == expected(r, limits), "another text than alone"
+    assert world.started == sorted(world.started), "someone overtook"
+    return world, ticks
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_random_traces(block: int) -> None:
+    preempted = 0
+    for seed in range(block * 1000, block * 1000 + 1000):
+        world, _ = trace(seed)
+        preempted += world.scheduler.n_preempted
+    assert preempted > 100, "the traces never ran out of pages"
+
+
+def test_two_ranks_decide_alike() -> None:
+    def batches(seed: int) -> list[list[tuple[int, int, int, tuple[int, ...]]]]:
+        rng = random.Random(seed)
+        limits = some_limits(rng)
+        world = World(limits)
+        for i in range(8):
+            world.scheduler.add(request(rng, f"r{i}", limits))
+        out = []
+        while not world.scheduler.idle:
+            out.append([(w.sequence.arrival, w.start, w.length, tuple(w.sequence.pages)) for w in world.tick()])
+        return out
+
+    for seed in range(50):
+        assert batches(seed) == batches(seed)
+
+
+def lone(n_pages: int = 8, page_size: int = 4, **more: int) -> Scheduler:
+    return make(Limits(page_size, n_pages, more.get("batch", 4), more.get("tokens", 64), 32, True))
+
+
+def run_one(scheduler: Scheduler, prompt: list[int], new: int) -> Sequence:
+    s = scheduler.add(Request(f"{prompt}", tuple(prompt), SamplingParams(max_tokens=new)))
+    while s.limit > len(s.tokens):
+        for work in scheduler.next_batch():
+            scheduler.commit(work, 7 if work.last else None)
+    scheduler.finish(s)
+    return s
+
+
+def test_a_second_prompt_finds_the_first_ones_pages() -> None:
+    scheduler = lone()
+    first = run_one(scheduler, list(range(10)), 2)
+    assert first.hit == 0
+    assert run_one(scheduler, list(range(10)), 2).hit == 8  # two pages of four; the last two tokens are its own
+    assert run_one(scheduler, list(range(8)), 2).hit == 4  # of a prompt of whole pages the newest token is computed
+    assert run_one(scheduler, [9, *range(1, 10)], 2).hit == 0
+
+
+def test_pages_of_the_answer_are_found_too() -> None:
+    scheduler = lone()
+    first = run_one(scheduler, [1, 2, 3], 7)
+    assert run_one(scheduler, [*first.tokens, 5, 6], 1).hit == 8
+
+
+def test_the_newest_pays_when_pages_run_out() -> None:
+    scheduler = lone(n_pages=8, batch=3)
+    old, new = (scheduler.add(Request(n, tuple([i] * 12), SamplingParams(max_tokens=20))) for i, n in enumerate("ab"))
+    while new.times_preempted == 0:
+        for work in scheduler.next_batch():
+            scheduler.commit(work, 1 if work.last else None)
+        scheduler.check()
+    assert old.times_preempted == 0 and scheduler.waiting[0] is new
+
+
+def test_an_integrity_error_shows_what_does_not_add_up() -> None:
+    table = PageTable(4, 2)
+    page = table.take()
+    with pytest.raises(AssertionError, match="held"):
+        table.check([])
+    table.check([[page]])
+    table._blank.append(page)
+    with pytest.raises(AssertionError, match=r"1 held \+ 4 blank \+ 0 cached = 5, not 4"):
+        table.check([[page]])
+
+
+def test_a_planted_fault_is_found() -> None:
+    class Leaky(PageTable):
+        def release(self, pages: list[int]) -> None:  # type: ignore[override]
+            super().release(pages[1:])
+
+    scheduler = lone()
+    scheduler.table = Leaky(8, 4)
+    run_one(scheduler, [1, 2, 3, 4, 5], 2)
+    with pytest.raises(AssertionError):
+        scheduler.check()
+
+
+def test_keys_tell_pages_apart_by_all_that_came_before() -> None:
+    assert page_keys([1, 2, 3, 4], 2)[1] != page_keys([9, 2, 3, 4], 2)[1]
+    assert page_keys([1, 2, 3, 4, 5], 2) == page_keys([1, 2, 3, 4], 2)
