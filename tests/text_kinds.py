@@ -124,8 +124,7 @@ def tags_json() -> dict[str, Any]:
         added(n + 1, "</think>", special=False, normalized=True),
         added(n + 2, "<|sep|>", lstrip=True, rstrip=True, normalized=True),
         added(n + 3, BLANKS, special=False),
-        # No token is a part of it, and it is a part of another.
-        added(n + 4, "think"),
+        added(n + 4, "tool"),
         added(n + 5, "\u2603"),
     ]
     return spec
