@@ -75,6 +75,8 @@ class RunConfig:
     """One run: which checkpoint, on what, how large. Every command's flags take their defaults from here.
 
     `max_seq_len` (tokens, prompt and answer) None: the model's own maximum, at most 4096.
+    `max_batch_tokens`: tokens computed in one tick, prompts and newest ones together. `kv_cache_memory` in bytes a
+    rank; None: what is left. `prefix_caching`: beginnings that several prompts share are computed once.
     `model_parallel_size` None: all ranks hold one copy of the model together; smaller than the world: replicas.
     `units` None: 8, or the model-parallel size where that is larger. `timeout` in seconds bounds every collective.
     `check_every`: ticks between two comparisons of what the ranks sampled.
@@ -84,6 +86,9 @@ class RunConfig:
     tokenizer_path: str | None = None
     max_seq_len: int | None = None
     max_batch_size: int = 8
+    max_batch_tokens: int = 2048
+    kv_cache_memory: int | None = None
+    prefix_caching: bool = True
     model_parallel_size: int | None = None
     units: int | None = None
     seed: int = 1
@@ -95,10 +100,15 @@ class RunConfig:
     verbose: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_seq_len", "max_batch_size", "model_parallel_size", "units", "check_every"):
+        for name in ("max_seq_len", "max_batch_size", "kv_cache_memory", "model_parallel_size", "units", "check_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} is {value}, must be at least 1")
+        if self.max_batch_tokens < self.max_batch_size:
+            raise ConfigError(
+                f"--max_batch_tokens is {self.max_batch_tokens}, "
+                f"must be at least --max_batch_size {self.max_batch_size}"
+            )
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype is {self.dtype!r}, must be one of {', '.join(DTYPES)}")
         if self.device not in DEVICES:

@@ -148,6 +148,13 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class Stop:
+    """No more requests come: end when all are answered. With `cancel`, drop those that are not."""
+
+    cancel: bool = False
+
+
+@dataclass(frozen=True)
 class TokenEvent:
     """One sampled token as it is drawn: for streaming. A stop string may still cut it off."""
 

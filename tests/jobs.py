@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_dist.config import RunConfig
-from llama_dist.engine import engine
+from llama_dist.engine.engine import Engine
 from llama_dist.engine.session import Session, check_run, complete, open_session
 from llama_dist.errors import DesyncError, RequestError
 from llama_dist.generation import Llama
@@ -94,8 +94,8 @@ def one_rank_samples_differently(folder: str) -> str:
     """Rank 1 draws another token at its third position: what each rank then raises."""
     session = open_for(Ask(folder, [], 0))
     if session.world.rank == 1:
-        drawn = engine.sample
-        engine.sample = lambda *a: drawn(*a) if a[-1] != 5 else (drawn(*a) + 1) % 200  # type: ignore[assignment]
+        drawn = Engine._choose
+        Engine._choose = lambda *a: drawn(*a) if len(a[1].sequence.tokens) != 5 else (drawn(*a) + 1) % 200  # type: ignore[method-assign]
     try:
         answer(session, Ask(folder, [[5, 6, 7]], 8))
     except DesyncError as err:
@@ -116,8 +116,12 @@ def other_prompts(folder: str) -> str:
 def bytes_held(folder: str) -> dict[str, int]:
     """Bytes of weights and of cache this rank allocated."""
     session = open_for(Ask(folder, [], 0, {"max_batch_size": 2}))
-    model = session.engine.model
-    return {"weights": sum(p.nbytes for p in model.parameters()), "cache": session.engine.cache.n_bytes}
+    model, cache = session.engine.model, session.engine.cache
+    return {
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "cache": cache.n_bytes,
+        "cache_tokens": cache.n_pages * cache.page_size,
+    }
 
 
 def load_peak(folder: str) -> tuple[int, int]:

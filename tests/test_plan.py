@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llama_dist import __main__, cli
 from llama_dist.checkpoint.open import open_checkpoint
 from llama_dist.config import ModelConfig
-from llama_dist.engine.engine import LOGIT_ROWS, TICK_TOKENS
+from llama_dist.engine.engine import LOGIT_ROWS
 from llama_dist.engine.plan import (
     OVERHEAD,
     Load,
@@ -46,7 +46,7 @@ GB = 10**9
 
 
 def load(batch: int, length: int) -> Load:
-    return Load(batch, length, TICK_TOKENS, LOGIT_ROWS)
+    return Load(batch, length, RunConfig.max_batch_tokens, LOGIT_ROWS)
 
 
 @st.composite

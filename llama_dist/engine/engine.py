@@ -1,177 +1,232 @@
-"""The loop that turns requests into completions, the same on every rank of a replica.
+"""The tick: schedule, compute, draw, commit; the same on every rank of a replica.
 
-Each tick admits waiting requests into free slots, runs their prompts whole beside the newest tokens of the running
-ones, and samples. Nothing here depends on a clock, a set's order or this rank's own memory, so all ranks take the same
-steps; a digest of what was sampled is compared among them every few ticks. It knows token ids only, no text.
+Nothing here depends on a clock, a set's order or this rank's own memory, so all ranks take the same steps; a digest of
+what was drawn is compared among them every few ticks. It knows token ids; text only where a stop string asks for it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from llama_dist.engine.sampler import derive_seed, logprobs_of, sample
+from llama_dist.engine import sampler
+from llama_dist.engine.answer import Answer
+from llama_dist.engine.fault import find_fault
+from llama_dist.engine.logits import shape
+from llama_dist.engine.scheduler import Scheduler, Work
+from llama_dist.engine.stats import EngineStats
 from llama_dist.errors import RequestError
 from llama_dist.model.cache import KVCache, Span, make_batch
 from llama_dist.model.transformer import Transformer
 from llama_dist.parallel.control import check
 from llama_dist.parallel.world import World
 from llama_dist.request import Completion, FinishReason, Request, TokenEvent
+from llama_dist.text.base import Tokenizer
+from llama_dist.text.stop import StopMatcher
 
-TICK_TOKENS = 2048  # prompts are admitted to a tick up to so many tokens, one prompt at least
 LOGIT_ROWS = 128  # prompt positions scored at a time, so that scoring needs no prompt x vocabulary buffer
 
 OnToken = Callable[[TokenEvent], None]
+Ended = tuple[int, Completion]  # by arrival
 
 
 @dataclass
-class Running:
-    """One admitted request: its tokens so far, prompt first, and where it must stop."""
-
-    request: Request
-    slot: int
-    limit: int
-    seed: int
-    tokens: list[int]
-    logprobs: list[float] = field(default_factory=list)
-    cached: int = 0
-    finish_reason: FinishReason | None = None
-
-    @property
-    def scores_prompt(self) -> bool:
-        return self.request.params.echo and self.request.params.logprobs
-
-    @property
-    def wants_token(self) -> bool:
-        return len(self.tokens) < self.limit
-
-
-@dataclass(frozen=True)
 class Engine:
-    """A model with its cache, and the run's bounds. `stop_ids` end an answer and are no part of it."""
+    """A model, its cache and its queue. `stop_ids` end an answer and are no part of it. Not to be shared by threads."""
 
     model: Transformer
     cache: KVCache
     world: World
-    max_batch_size: int
-    max_seq_len: int
+    scheduler: Scheduler
+    tokenizer: Tokenizer
     stop_ids: frozenset[int]
     seed: int
     check_every: int
+    answers: dict[str, Answer] = field(default_factory=dict)
+    ticks: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    cached_tokens: int = 0
+    _digest: hashlib.blake2b = field(default_factory=lambda: hashlib.blake2b(digest_size=8))
+
+    @property
+    def idle(self) -> bool:
+        return self.scheduler.idle
+
+    def stats(self) -> EngineStats:
+        """Counts since the start, and how full the batch and the cache are now."""
+        table = self.scheduler.table
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            prompt_tokens=self.prompt_tokens,
+            new_tokens=self.new_tokens,
+            cached_tokens=self.cached_tokens,
+            pages_held=table.n_held,
+            pages_total=table.n_pages,
+            preemptions=self.scheduler.n_preempted,
+            ticks=self.ticks,
+        )
 
     def validate(self, request: Request) -> None:
         """A RequestError naming the field where the request cannot be served."""
-        length, vocab = len(request.prompt), self.model.config.vocab_size
+        length, longest = len(request.prompt), self.scheduler.max_seq_len
         if length == 0:
             raise RequestError("the prompt is empty, must have at least 1 token", "prompt")
-        if length > self.max_seq_len:
+        if length > longest:
             raise RequestError(
-                f"the prompt has {length} tokens, more than max_seq_len {self.max_seq_len}; "
-                "shorten it or raise --max_seq_len",
+                f"the prompt has {length} tokens, more than max_seq_len {longest}; shorten it or raise --max_seq_len",
                 "prompt",
             )
-        bad = next((t for t in request.prompt if not 0 <= t < vocab), None)
-        if bad is not None:
-            raise RequestError(f"the prompt has token id {bad}, must be from 0 to {vocab - 1}", "prompt")
+        params = request.params
+        named = {
+            "prompt": request.prompt,
+            "logit_bias": [i for i, _ in params.logit_bias],
+            "stop_token_ids": params.stop_token_ids,
+            "allowed_token_ids": params.allowed_token_ids or (),
+            "bad_words": [i for word in params.bad_words for i in word],
+        }
+        vocab = self.model.config.vocab_size
+        for name, ids in named.items():
+            bad = next((i for i in ids if not 0 <= i < vocab), None)
+            if bad is not None:
+                raise RequestError(f"{name} has token id {bad}, must be from 0 to {vocab - 1}", name)
+
+    def add(self, request: Request) -> None:
+        """Queue a validated request, whose id no other unfinished one has."""
+        assert request.id not in self.answers, f"request id {request.id!r} is in use"
+        params = request.params
+        seed = params.seed if params.seed is not None else sampler.derive_seed(self.seed, request.id)
+        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.stop_ids)
+        matcher = StopMatcher(self.tokenizer, params.stop) if params.stop else None
+        self.answers[request.id] = Answer(self.scheduler.add(request), seed, stops, matcher)
+
+    def cancel(self, *ids: str) -> list[Completion]:
+        """Drop requests; what they had so far, in order of arrival. Unknown ids are passed over."""
+        gone = self.scheduler.cancel(ids)
+        return [self.answers.pop(s.request.id).completion("cancelled") for s in gone]
 
     @torch.inference_mode()
-    def run(self, requests: Sequence[Request], on_token: OnToken | None = None) -> list[Completion]:
-        """Serve all requests; completions in their order. Every rank of the replica calls it with the same ones."""
-        for request in requests:
-            self.validate(request)
-        waiting = deque(requests)
-        running: list[Running] = []
-        free = list(range(self.max_batch_size))
-        done: dict[str, Completion] = {}
-        digest, ticks = hashlib.blake2b(digest_size=8), 0
-        while waiting or running:
-            running += self._admit(waiting, free)
-            sampled = self._step(running, on_token)
-            digest.update(repr(sampled).encode())
-            ticks += 1
-            for seq in [s for s in running if s.finish_reason is not None]:
-                heapq.heappush(free, seq.slot)
-                running.remove(seq)
-                done[seq.request.id] = _completion(seq)
-            if ticks % self.check_every == 0 or not (waiting or running):
-                value = int.from_bytes(digest.digest(), "little") >> 1
-                check(self.world, value, f"the tokens sampled up to tick {ticks}")
-        return [done[request.id] for request in requests]
+    def step(self, on_token: OnToken | None = None) -> list[Completion]:
+        """One tick; the requests that ended in it, in order of arrival. Every rank of the replica calls it alike."""
+        batch = self.scheduler.next_batch()
+        hidden, ends = self._compute(batch)
+        done: list[Ended] = []
+        drawing: list[tuple[Work, int]] = []
+        for work, end in zip(batch, ends, strict=True):
+            answer = self.answers[work.sequence.request.id]
+            self._count(work)
+            if work.sequence.request.params.scores_prompt:
+                self._score(answer, work, hidden[end - work.length : end])
+            if work.last and len(work.sequence.tokens) < work.sequence.limit:
+                drawing.append((work, end - 1))
+            else:
+                self.scheduler.commit(work, None)
+                if work.last:
+                    done.append(self._end(answer, "length"))
+        done += self._draw(drawing, hidden, on_token)
+        self._check(done)
+        return [completion for _, completion in sorted(done, key=lambda end: end[0])]
 
-    def _admit(self, waiting: deque[Request], free: list[int]) -> list[Running]:
-        admitted: list[Running] = []
-        tokens = 0
-        while waiting and free and (not admitted or tokens + len(waiting[0].prompt) <= TICK_TOKENS):
-            request = waiting.popleft()
-            params, length = request.params, len(request.prompt)
-            limit = self.max_seq_len
-            if params.max_tokens is not None:
-                limit = min(limit, length + params.max_tokens)
-            seed = params.seed if params.seed is not None else derive_seed(self.seed, request.id)
-            admitted.append(Running(request, heapq.heappop(free), limit, seed, list(request.prompt)))
-            tokens += length
-        return admitted
+    def _compute(self, batch: list[Work]) -> tuple[torch.Tensor, list[int]]:
+        """Hidden states of all tokens of the tick, and where each sequence's end."""
+        rows, ends, end = [], [], 0
+        for work in batch:
+            s = work.sequence
+            rows.append(
+                (Span(s.pages, work.start, work.length, s.prompt_len), s.tokens[work.start : work.start + work.length])
+            )
+            end += work.length
+            ends.append(end)
+        return self.model(make_batch(rows, self.world.device), self.cache), ends
 
-    def _step(self, running: list[Running], on_token: OnToken | None) -> list[tuple[str, int]]:
-        """One forward pass and one token for every running sequence that wants one."""
-        rows = []
-        for seq in running:
-            span = Span(seq.slot, seq.cached, len(seq.tokens) - seq.cached, len(seq.request.prompt))
-            rows.append((span, seq.tokens[seq.cached :]))
-        hidden = self.model(make_batch(rows, self.world.device), self.cache)
-        ends, end = [], 0
-        for seq, (span, _) in zip(running, rows, strict=True):
-            if seq.cached == 0 and seq.scores_prompt:
-                seq.logprobs = self._score(hidden[end : end + span.length], seq.tokens)
-            end += span.length
-            seq.cached += span.length
-            ends.append(end - 1)
-        drawing = [(seq, last) for seq, last in zip(running, ends, strict=True) if seq.wants_token]
-        sampled = []
-        if drawing:
-            logits = self.model.logits(hidden[[last for _, last in drawing]])
-            for row, (seq, _) in zip(logits, drawing, strict=True):
-                sampled.append((seq.request.id, self._draw(seq, row, on_token)))
-        for seq in running:
-            if seq.finish_reason is None and not seq.wants_token:
-                seq.finish_reason = "length"
-        return sampled
+    def _count(self, work: Work) -> None:
+        sequence = work.sequence
+        if sequence.times_preempted == 0 and work.start == (sequence.hit or 0):
+            self.cached_tokens += work.start
+        self.prompt_tokens += max(0, min(work.start + work.length, sequence.prompt_len) - work.start)
 
-    def _score(self, hidden: torch.Tensor, tokens: list[int]) -> list[float]:
-        """Logprob of each prompt token given those before it; the first, given nothing, counts 0."""
-        scores = [0.0]
-        for start in range(0, len(tokens) - 1, LOGIT_ROWS):
-            stop = min(start + LOGIT_ROWS, len(tokens) - 1)
-            logits = self.model.logits(hidden[start:stop])
-            targets = torch.tensor(tokens[start + 1 : stop + 1], device=logits.device)
-            scores += logprobs_of(logits, targets).tolist()
-        return scores
+    def _score(self, answer: Answer, work: Work, hidden: torch.Tensor) -> None:
+        """Logprobs of the prompt tokens that follow this chunk's; recomputed chunks of a preempted prompt add nothing."""
+        tokens, top = work.sequence.request.prompt, work.sequence.request.params.top_logprobs
+        first = max(work.start + 1, len(answer.prompt_scores))
+        last = min(work.start + work.length + 1, len(tokens))
+        for start in range(first, last, LOGIT_ROWS):
+            stop = min(start + LOGIT_ROWS, last)
+            logits = self.model.logits(hidden[start - 1 - work.start : stop - 1 - work.start])
+            targets = torch.tensor(tokens[start:stop], device=logits.device)
+            answer.prompt_scores += sampler.logprobs_of(logits, targets).tolist()
+            answer.prompt_tops += [tuple(sampler.top_logprobs_of(row, top)) for row in logits] if top else []
 
-    def _draw(self, seq: Running, logits: torch.Tensor, on_token: OnToken | None) -> int:
-        params = seq.request.params
-        token = sample(logits, params.temperature, params.top_p, seq.seed, len(seq.tokens))
-        if token in self.stop_ids:
-            seq.finish_reason = "stop"
-            return token
+    def _draw(self, drawing: list[tuple[Work, int]], hidden: torch.Tensor, on_token: OnToken | None) -> list[Ended]:
+        """A token for each sequence that reached its newest one; those that end with it."""
+        if not drawing:
+            return []
+        logits = self.model.logits(hidden[[at for _, at in drawing]])
+        sound = logits.sum(dim=1).isfinite().tolist()
+        greedy = logits.argmax(dim=1).tolist()
+        done: list[Ended] = []
+        for i, (work, _) in enumerate(drawing):
+            answer = self.answers[work.sequence.request.id]
+            try:
+                if not sound[i]:
+                    raise RequestError(find_fault(self.model, self.world, work.sequence))
+                token = self._choose(answer, logits[i], greedy[i])
+            except RequestError as err:  # this row fails alone; all ranks see the same logits, so all come here
+                self.scheduler.commit(work, None)
+                self.scheduler.table.forget(work.sequence.pages)
+                done.append(self._end(answer, "error", str(err)))
+                continue
+            self._digest.update(f"{work.sequence.request.id}:{token};".encode())
+            reason = self._take(answer, work, token, logits[i], on_token)
+            if reason is not None:
+                done.append(self._end(answer, reason))
+        return done
+
+    def _choose(self, answer: Answer, row: torch.Tensor, greedy: int) -> int:
+        params = answer.sequence.request.params
+        if params.temperature == 0 and not params.shapes_logits:
+            return greedy
+        if params.shapes_logits:
+            row = shape(row, params, answer.sequence.request.prompt, answer.tokens, answer.stops)
+        position = len(answer.sequence.tokens)
+        return sampler.sample(row, params.temperature, params.top_p, answer.seed, position, params.top_k, params.min_p)
+
+    def _take(
+        self, answer: Answer, work: Work, token: int, row: torch.Tensor, on_token: OnToken | None
+    ) -> FinishReason | None:
+        """Put the drawn token to its answer; why the answer ends with it, if it does."""
+        sequence, params = answer.sequence, answer.sequence.request.params
+        self.new_tokens += 1
+        if token in answer.stops:
+            self.scheduler.commit(work, None)
+            return "stop"
+        self.scheduler.commit(work, token)
         logprob = None
         if params.logprobs:
-            logprob = float(logprobs_of(logits[None], torch.tensor([token], device=logits.device)))
-            seq.logprobs.append(logprob)
-        seq.tokens.append(token)
+            logprob = float(sampler.logprobs_of(row[None], torch.tensor([token], device=row.device)))
+            answer.logprobs.append(logprob)
+            if params.top_logprobs:
+                answer.tops.append(tuple(sampler.top_logprobs_of(row, params.top_logprobs)))
         if on_token is not None:
-            on_token(TokenEvent(seq.request.id, token, logprob))
-        return token
+            on_token(TokenEvent(sequence.request.id, token, logprob))
+        if answer.matcher is not None:
+            answer.text_len = answer.matcher.push(token, armed=len(answer.tokens) >= params.min_tokens)
+            if answer.text_len is not None:
+                return "stop"
+        return "length" if len(sequence.tokens) >= sequence.limit else None
 
+    def _end(self, answer: Answer, reason: FinishReason, error: str | None = None) -> Ended:
+        sequence = answer.sequence
+        self.scheduler.finish(sequence)
+        del self.answers[sequence.request.id]
+        return sequence.arrival, answer.completion(reason, error)
 
-def _completion(seq: Running) -> Completion:
-    assert seq.finish_reason is not None
-    params = seq.request.params
-    tokens = seq.tokens if params.echo else seq.tokens[len(seq.request.prompt) :]
-    logprobs = tuple(seq.logprobs) if params.logprobs else None
-    assert logprobs is None or len(logprobs) == len(tokens), f"{len(logprobs or ())} logprobs, {len(tokens)} tokens"
-    return Completion(seq.request.id, tuple(tokens), logprobs, seq.finish_reason)
+    def _check(self, done: list[Ended]) -> None:
+        self.ticks += 1
+        if self.ticks % self.check_every == 0 or (done and self.idle):
+            value = int.from_bytes(self._digest.digest(), "little") >> 1
+            check(self.world, value, f"the tokens sampled up to tick {self.ticks}")

@@ -95,6 +95,13 @@ class PageTable:
         if key not in self._page_of and self._key[page] is None:
             self._page_of[key], self._key[page] = page, key
 
+    def forget(self, pages: Sequence[int]) -> None:
+        """What these held pages hold must not be found again."""
+        for page in pages:
+            key, self._key[page] = self._key[page], None
+            if key is not None:
+                del self._page_of[key]
+
     def release(self, pages: Sequence[int]) -> None:
         """Let go of pages, the last first, so that of a sequence's pages its beginning is kept longest."""
         for page in reversed(pages):

@@ -1,8 +1,10 @@
 """Drawing the next token. Noise is a hash of (seed, position, token id): no generator, nothing to keep in step.
 
-Filters in order: temperature, then the nucleus. `top_p` keeps the smallest set whose mass reaches p: a token stays
-while the mass before it is at most p (Holtzman et al. 2019, as Llama's `sample_top_p` has it). The draw is the argmax
-of logits / temperature + Gumbel noise over what is kept, which samples the renormalised softmax (Gumbel-max).
+Filters in order, after penalties and biases (logits.py): temperature, top_k, top_p, min_p. `top_p` keeps the smallest set
+whose mass reaches p: a token stays while the mass before it is at most p (Holtzman et al. 2019, as Llama's
+`sample_top_p` has it); the mass is that of what top_k kept. `min_p` keeps tokens at least that share as likely as the
+likeliest (Nguyen et al. 2024). The draw is the argmax of logits / temperature + Gumbel noise over what is kept, which
+samples the renormalised softmax (Gumbel-max).
 """
 
 from __future__ import annotations
@@ -62,40 +64,86 @@ def _by_probability(probs: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tenso
     return probs, ids[rank]
 
 
+def _ranked(scaled: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities and ids of a row, likeliest first, ties by rising id: all of them, or at least the first `most`."""
+    probs = torch.softmax(scaled, dim=-1)
+    if most < len(probs):
+        head_probs, head_ids = _by_probability(*probs.topk(most + 1))
+        # Ties go by id over the whole row: cut where the order is certain.
+        certain = int((head_probs > head_probs[-1]).sum())
+        if certain >= most:
+            return head_probs[:most], head_ids[:most]
+    return _by_probability(probs, torch.arange(len(probs), device=probs.device))
+
+
 def nucleus(scaled: torch.Tensor, top_p: float) -> torch.Tensor:
     """The ids that `top_p` keeps of one row of logits [vocab] (float64, temperature applied), likeliest first."""
-    probs = torch.softmax(scaled, dim=-1)
-    if len(probs) > HEAD:
-        head_probs, head_ids = probs.topk(HEAD)
-        head_probs, head_ids = _by_probability(head_probs, head_ids)
-        stays = head_probs.cumsum(0) - head_probs <= top_p
-        kept = int(stays.sum())
-        # Whole only if what was left out is less likely than the last one kept: ties go by id over all of them.
-        if kept < HEAD and head_probs[kept - 1] > head_probs[-1]:
-            return head_ids[:kept]
-    probs, ids = _by_probability(probs, torch.arange(len(probs), device=probs.device))
+    probs, ids = _ranked(scaled, HEAD)
+    stays = probs.cumsum(0) - probs <= top_p
+    kept = int(stays.sum())
+    if kept == len(probs) < len(scaled):  # the head is not enough
+        return nucleus_of(*_ranked(scaled, len(scaled)), top_p)
+    return ids[:kept]
+
+
+def nucleus_of(probs: torch.Tensor, ids: torch.Tensor, top_p: float) -> torch.Tensor:
+    """`nucleus` of ranked probabilities that need not sum to 1 before it."""
     return ids[: int((probs.cumsum(0) - probs <= top_p).sum())]
 
 
-def sample_top_p(logits: torch.Tensor, temperature: float, top_p: float, seed: int, position: int) -> int:
-    """One token from one row of logits [vocab] at a temperature above 0."""
-    scaled = logits.double() / temperature
-    if top_p < 1:
-        ids = nucleus(scaled, top_p).sort().values
-        scaled = scaled[ids]
+def candidates(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
+    """The ids, rising, that may be drawn from a row of logits [vocab] (float64, temperature applied)."""
+    if 0 < top_k < len(scaled):
+        probs, ids = _ranked(scaled, top_k)
+        probs, ids = probs[:top_k], ids[:top_k]
+        if top_p < 1:
+            ids = nucleus_of(probs / probs.sum(), ids, top_p)
+    elif top_p < 1:
+        ids = nucleus(scaled, top_p)
     else:
         ids = torch.arange(len(scaled), device=scaled.device)
+    if min_p > 0:
+        ids = ids[torch.exp(scaled[ids] - scaled.max()) >= min_p]
+    return ids.sort().values
+
+
+def sample_top_p(
+    logits: torch.Tensor,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    position: int,
+    top_k: int = 0,
+    min_p: float = 0.0,
+) -> int:
+    """One token from one row of logits [vocab] at a temperature above 0."""
+    scaled = logits.double() / temperature
+    ids = candidates(scaled, top_k, top_p, min_p)
     # argmax gives the first of equals, and ids rise: ties go to the lowest
-    return int(ids[torch.argmax(scaled + gumbel(seed, position, ids))])
+    return int(ids[torch.argmax(scaled[ids] + gumbel(seed, position, ids))])
 
 
-def sample(logits: torch.Tensor, temperature: float, top_p: float, seed: int, position: int) -> int:
+def sample(
+    logits: torch.Tensor,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    position: int,
+    top_k: int = 0,
+    min_p: float = 0.0,
+) -> int:
     """The token at `position` for one row of logits [vocab]: greedy at temperature 0, ties to the lowest id."""
     if temperature == 0:
         return int(torch.argmax(logits))
-    return sample_top_p(logits, temperature, top_p, seed, position)
+    return sample_top_p(logits, temperature, top_p, seed, position, top_k, min_p)
 
 
 def logprobs_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Natural log of the unscaled model distribution: logits [n, vocab] float32, ids [n] -> [n]."""
     return logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1)
+
+
+def top_logprobs_of(logits: torch.Tensor, n: int) -> list[tuple[int, float]]:
+    """(id, logprob) of the `n` likeliest tokens of a row [vocab], likeliest first, ties by rising id."""
+    scores, ids = _by_probability(*logits.topk(min(n, len(logits))))
+    return list(zip(ids.tolist(), (scores - logits.logsumexp(0)).tolist(), strict=True))

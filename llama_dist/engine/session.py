@@ -18,7 +18,11 @@ from llama_dist.checkpoint.open import open_checkpoint
 from llama_dist.checkpoint.reader import Reader
 from llama_dist.config import ModelConfig, RunConfig
 from llama_dist.engine.engine import Engine, OnToken
+from llama_dist.engine.memory import count_pages
+from llama_dist.engine.pages import PageTable
+from llama_dist.engine.scheduler import Scheduler
 from llama_dist.errors import ConfigError
+from llama_dist.model.cache import PAGE_SIZE
 from llama_dist.model.transformer import Transformer
 from llama_dist.parallel.control import agree, collect
 from llama_dist.parallel.launch import read_launch
@@ -133,17 +137,27 @@ def open_session(run: RunConfig, checked: Checked | None = None) -> Session:
         "" if world.n_replicas == 1 else "s",
         time.monotonic() - began,
     )
+    agree(world, "loaded", "having loaded")  # the others' memory is counted when all have taken what they need
+    n_pages = count_pages(run, world, model, checked.max_seq_len)
+    # With dynamic scaling a prompt's keys depend on how long the prompt is: another prompt's pages do not serve.
+    dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
+    scheduler = Scheduler(
+        PageTable(n_pages, PAGE_SIZE),
+        run.max_batch_size,
+        run.max_batch_tokens,
+        checked.max_seq_len,
+        run.prefix_caching and not dynamic,
+    )
     engine = Engine(
         model,
-        model.new_cache(run.max_batch_size, checked.max_seq_len),
+        model.new_cache(n_pages),
         world,
-        run.max_batch_size,
-        checked.max_seq_len,
+        scheduler,
+        checked.tokenizer,
         checked.tokenizer.stop_ids | frozenset(config.eos_ids),
         run.seed,
         run.check_every,
     )
-    agree(world, "loaded", "having loaded")
     return Session(run, world, config, checked.tokenizer, engine, checked.max_seq_len)
 
 
@@ -159,7 +173,12 @@ def complete(session: Session, requests: Sequence[Request], on_token: OnToken | 
     text = json.dumps([request.to_json() for request in requests])
     agree(world, hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), "the requests they were given")
     mine = requests[world.replica :: world.n_replicas]
-    completions = engine.run(mine, on_token if world.replica == 0 else None)
+    for request in mine:
+        engine.add(request)
+    done: dict[str, Completion] = {}
+    while not engine.idle:
+        done.update((c.request_id, c) for c in engine.step(on_token if world.replica == 0 else None))
+    completions = [done[request.id] for request in mine]
     if world.n_replicas == 1:
         return completions
     # One rank of each replica tells; the others' answers are the same.

@@ -12,7 +12,7 @@ import torch
 
 from llama_dist.checkpoint.open import open_checkpoint
 from llama_dist.config import ModelConfig
-from llama_dist.engine.engine import LOGIT_ROWS, TICK_TOKENS
+from llama_dist.engine.engine import LOGIT_ROWS
 from llama_dist.engine.plan import Load, Terms, largest, loading_peak, rank_terms, units_of, waste
 from llama_dist.engine.session import DEFAULT_SEQ_LEN, pick_dtype
 from llama_dist.errors import ConfigError
@@ -87,7 +87,7 @@ def prepare(options: PlanOptions) -> Callable[[], int]:
     reader.close()
     dtype = pick_dtype(run, reader, torch.device("cuda"))
     length = run.max_seq_len or min(reader.config.max_position, DEFAULT_SEQ_LEN)
-    load = Load(run.max_batch_size, length, TICK_TOKENS, LOGIT_ROWS)
+    load = Load(run.max_batch_size, length, run.max_batch_tokens, LOGIT_ROWS)
     plans = [
         make_plan(reader.config, n, min(options.gpu_memory), load, dtype.itemsize, run.units) for n in options.gpus
     ]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama_dist.config import ModelConfig
-from llama_dist.model.cache import Batch, KVCache, Span
+from llama_dist.model.cache import Batch, KVCache
 from llama_dist.model.norm import RMSNorm
 from llama_dist.model.rope import rotate
 from llama_dist.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -91,9 +91,9 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype, device=device)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype, device=device)
 
-    def _one(self, q: torch.Tensor, cache: KVCache, span: Span) -> torch.Tensor:
-        k, v = cache.read(self.layer, span)
-        out = attend(q.transpose(0, 1), k, v, span.start, self.window, self.of_query)
+    def _one(self, q: torch.Tensor, cache: KVCache, batch: Batch, i: int) -> torch.Tensor:
+        k, v = cache.read(self.layer, batch, i)
+        out = attend(q.transpose(0, 1), k, v, batch.spans[i].start, self.window, self.of_query)
         return out.transpose(0, 1).flatten(1)  # [length, heads * head_dim]
 
     def forward(
@@ -105,5 +105,5 @@ class Attention(nn.Module):
         q, k = rotate(q, *angles), rotate(k, *angles)
         cache.write(self.layer, batch, k, v)
         lengths = [span.length for span in batch.spans]
-        parts = [self._one(part, cache, span) for part, span in zip(torch.split(q, lengths), batch.spans, strict=True)]
+        parts = [self._one(part, cache, batch, i) for i, part in enumerate(torch.split(q, lengths))]
         return self.wo(torch.cat(parts))  # type: ignore[no-any-return]

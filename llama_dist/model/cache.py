@@ -1,4 +1,4 @@
-"""The keys and values of running sequences, and the narrow view of a step that the layers see."""
+"""The pool of keys and values, and the narrow view of a step that the layers see. Who holds which page: engine/pages.py."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
+PAGE_SIZE = 16  # tokens
+
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens [start, start + length) of the sequence in `slot`, whose prompt has `prompt_len` tokens."""
+    """Tokens [start, start + length) of a sequence that lies in `pages`, and whose prompt has `prompt_len` tokens."""
 
-    slot: int
+    pages: Sequence[int]
     start: int
     length: int
     prompt_len: int
@@ -24,10 +26,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of one forward pass, all sequences laid end to end.
+    """The tokens of one forward pass, all spans laid end to end.
 
-    Example: a prompt of 3 tokens in slot 0 beside the 6th token of slot 1: spans (0, 0, 3), (1, 5, 1), positions
-    [0, 1, 2, 5], slots [0, 0, 0, 1]. `lengths` is what rotary scaling may depend on, see rope.py.
+    Example with pages of 4: a prompt of 3 tokens in page 2 beside the 6th token of a sequence in pages 0 and 5: positions
+    [0, 1, 2, 5], slots [8, 9, 10, 21]. `lengths` is what rotary scaling may depend on, see rope.py. `places[i]` is
+    where span i reads: the first slot if its sequence lies in one piece, else all its slots.
     """
 
     tokens: torch.Tensor  # [n]
@@ -35,9 +38,18 @@ class Batch:
     lengths: torch.Tensor  # [n]
     slots: torch.Tensor  # [n]
     spans: tuple[Span, ...]
+    places: tuple[int | torch.Tensor, ...]
 
 
-def make_batch(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device) -> Batch:
+def _place(span: Span, page_size: int, device: torch.device) -> int | torch.Tensor:
+    pages = span.pages[: -(-span.stop // page_size)]
+    if all(b == a + 1 for a, b in zip(pages, pages[1:], strict=False)):
+        return pages[0] * page_size
+    slots = torch.tensor(pages)[:, None] * page_size + torch.arange(page_size)
+    return slots.flatten()[: span.stop].to(device)
+
+
+def make_batch(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device, page_size: int = PAGE_SIZE) -> Batch:
     """Lay spans with their tokens end to end."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -46,28 +58,31 @@ def make_batch(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device)
     for span, ids in rows:
         assert len(ids) == span.length, f"span of {span.length} tokens came with {len(ids)}"
         tokens.extend(ids)
-        positions.extend(range(span.start, span.stop))
-        lengths.extend(max(p + 1, span.prompt_len) for p in range(span.start, span.stop))
-        slots.extend([span.slot] * span.length)
+        places = range(span.start, span.stop)
+        positions.extend(places)
+        lengths.extend(max(p + 1, span.prompt_len) for p in places)
+        slots.extend(span.pages[p // page_size] * page_size + p % page_size for p in places)
     packed = torch.tensor([tokens, positions, lengths, slots], dtype=torch.int64).to(device)
-    return Batch(packed[0], packed[1], packed[2], packed[3], tuple(span for span, _ in rows))
+    where = tuple(_place(span, page_size, device) for span, _ in rows)
+    return Batch(packed[0], packed[1], packed[2], packed[3], tuple(span for span, _ in rows), where)
 
 
 class KVCache:
-    """One slot of `max_seq_len` positions for each of `max_batch_size` sequences, for this rank's KV heads."""
+    """`n_pages` pages of keys and values for this rank's KV heads, a tensor a layer."""
 
     def __init__(
         self,
         n_layers: int,
-        max_batch_size: int,
+        n_pages: int,
         n_kv_heads: int,
-        max_seq_len: int,
         head_dim: int,
         *,
         dtype: torch.dtype,
         device: torch.device,
+        page_size: int = PAGE_SIZE,
     ) -> None:
-        shape = (2, max_batch_size, n_kv_heads, max_seq_len, head_dim)
+        self.n_pages, self.page_size = n_pages, page_size
+        shape = (2, n_kv_heads, n_pages * page_size, head_dim)
         self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(n_layers)]
 
     @property
@@ -75,12 +90,16 @@ class KVCache:
         return sum(layer.nbytes for layer in self.layers)
 
     def write(self, layer: int, batch: Batch, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Put k and v [n, n_kv_heads, head_dim] of the batch's tokens in their places."""
+        """Put k and v [n, n_kv_heads, head_dim] of the batch's tokens in their slots."""
         keys, values = self.layers[layer]
-        keys[batch.slots, :, batch.positions] = k
-        values[batch.slots, :, batch.positions] = v
+        keys[:, batch.slots] = k.transpose(0, 1)
+        values[:, batch.slots] = v.transpose(0, 1)
 
-    def read(self, layer: int, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views [n_kv_heads, span.stop, head_dim] of all keys and values of the span's sequence so far."""
-        keys, values = self.layers[layer][:, span.slot, :, : span.stop]
-        return keys, values
+    def read(self, layer: int, batch: Batch, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values [n_kv_heads, stop, head_dim] of span i's sequence: a view where it lies in one piece."""
+        keys, values = self.layers[layer]
+        place = batch.places[i]
+        if isinstance(place, int):
+            stop = place + batch.spans[i].stop
+            return keys[:, place:stop], values[:, place:stop]
+        return keys[:, place], values[:, place]

@@ -8,7 +8,7 @@ from torch import nn
 
 from llama_dist.config import ModelConfig
 from llama_dist.model.attention import Attention
-from llama_dist.model.cache import Batch, KVCache
+from llama_dist.model.cache import PAGE_SIZE, Batch, KVCache
 from llama_dist.model.norm import RMSNorm
 from llama_dist.model.rope import Rope
 from llama_dist.parallel.layers import (
@@ -96,14 +96,19 @@ class Transformer(nn.Module):
                 found[f"{prefix}.{name}"] = placed.get(name, Placement())
         return found
 
-    def new_cache(self, max_batch_size: int, max_seq_len: int) -> KVCache:
-        """An empty cache for this rank's KV heads, in the weights' dtype."""
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page of the cache on this rank."""
+        config = self.config
+        return 2 * config.n_layers * self.n_local_kv_heads * PAGE_SIZE * config.head_dim * self.norm.weight.itemsize
+
+    def new_cache(self, n_pages: int) -> KVCache:
+        """A cache for this rank's KV heads, in the weights' dtype."""
         weight = self.norm.weight
         return KVCache(
             self.config.n_layers,
-            max_batch_size,
+            n_pages,
             self.n_local_kv_heads,
-            max_seq_len,
             self.config.head_dim,
             dtype=weight.dtype,
             device=weight.device,

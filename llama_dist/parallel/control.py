@@ -76,6 +76,11 @@ def collect(world: World, value: Any, channel: Channel | None = None) -> list[An
     return [json.loads(_bytes(b)) for b in bodies]
 
 
+def claim(world: World, name: str) -> int:
+    """0, 1, 2, ...: each number goes to one caller of the whole job. A counter in the store; no other rank waits."""
+    return guarded(f"claiming {name}", lambda: int(world.store.add(f"claim/{name}", 1))) - 1
+
+
 def _odd_ones(values: list[Any]) -> tuple[list[int], Any, Any]:
     """Places whose value differs from the commonest (ties: from the first), that value, and the first odd one."""
     texts = [json.dumps(v, sort_keys=True) for v in values]

@@ -37,6 +37,8 @@ SILENT = 2.5  # seconds without one after which a rank counts as stuck, once a c
 LOST_HOST = 30.0  # the same while nothing has failed yet, for ranks of other hosts
 GRACE = 2.0  # seconds the main thread has to notice a lost peer by itself and say so
 PR_SET_PDEATHSIG = 1
+DRAIN = "drain"
+EX_TEMPFAIL = 75  # sysexits.h: run me again
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ class Watch:
         os.set_blocking(self._wake_write, False)
         self._poll.register(self._wake_read, select.POLLIN)
         self._guarded = False
+        self._parent = os.getppid()
+        self._drains = False
+        self.draining = threading.Event()
+        self._last_words: Callable[[str, int], None] | None = None
         Watch._current = self
         threading.Thread(target=self._loop, name="llama_dist-watch", daemon=True).start()
 
@@ -102,6 +108,19 @@ class Watch:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)  # the wake-up byte is written before any Python code runs
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+
+    def drain_on_signals(self) -> None:
+        """From here on SIGTERM and SIGUSR1 set `draining`, on every rank within a beat, and the job ends when it may.
+
+        A second SIGTERM ends it at once. Either way the exit code is to be 75.
+        """
+        self._drains = True
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR1, lambda *_: None)
+
+    def at_finish(self, last_words: Callable[[str, int], None]) -> None:
+        """Call this with message and exit code where the job ends by failure, on the one rank that says so."""
+        self._last_words = last_words
 
     def attach(self, store: Store, launch: Launch) -> None:
         """Exchange cards with the other ranks and start watching them. Call when the default group is up."""
@@ -178,7 +197,23 @@ class Watch:
                 self._on_death(self._pidfds[fd])
         if self.lost is not None:
             self.finish(str(self.lost), PeerLost.exit_code)
+        if os.getppid() != self._parent:
+            self.finish("the launcher died", 1)
+        if self._drains and number in (signal.SIGTERM, signal.SIGUSR1):
+            if not self.draining.is_set():
+                self._drain()
+            elif number == signal.SIGTERM:
+                self.finish("stopped by a second SIGTERM", EX_TEMPFAIL)
+            return
         self.finish(f"stopped by {signal.Signals(number).name}", 128 + number)
+
+    def _drain(self) -> None:
+        self.draining.set()
+        if self._store is not None:
+            try:
+                self._store.set(DRAIN, "")
+            except RuntimeError as err:  # without the store the others hear of it by their own signal or not at all
+                log.debug("store: %s", err)
 
     def _on_death(self, rank: int) -> None:
         if self._leaving or self._has(f"left/{rank}"):
@@ -189,6 +224,8 @@ class Watch:
         try:
             store.add(f"beat/{self.rank}", 1)
             remote = [c for c in self._cards if c.rank != self.rank and c.rank not in self._pidfds.values()]
+            if self._drains and not self.draining.is_set() and self._has(DRAIN):
+                self.draining.set()
             reported = self._reported() if self.lost is None else None
             silent = [c for c in remote if self._silence(store, c.rank) > LOST_HOST and not self._has(f"left/{c.rank}")]
         except RuntimeError as err:  # the store is gone: its host's death is noticed by pidfd, signal or collective
@@ -271,6 +308,8 @@ class Watch:
         if self._store is not None:
             self.finish(message, code)
         _say(message)
+        if self._last_words is not None:
+            self._last_words(message, code)
         return code
 
     def finish(self, message: str, code: int) -> NoReturn:
@@ -278,6 +317,11 @@ class Watch:
         self._finishing.acquire()  # a second caller waits here until the process ends
         if self._post(message):
             _say(f"[rank {self.rank}] {message}" if self._cards else message)
+            if self._last_words is not None:
+                try:
+                    self._last_words(message, code)
+                except Exception as err:  # nothing may keep a failed rank from leaving
+                    _say(f"at the end: {err}")
         flusher = threading.Thread(target=sys.stdout.flush, daemon=True)
         flusher.start()
         flusher.join(1.0)  # the reader of a full pipe may be gone

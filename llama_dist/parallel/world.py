@@ -39,12 +39,14 @@ class World:
     rank: int
     size: int
     local_rank: int
+    local_size: int
     mp_rank: int
     mp_size: int
     device: torch.device
     everyone: Channel
     replica_channel: Channel
     watch: Watch
+    store: Store
 
     @property
     def replica(self) -> int:
@@ -180,12 +182,14 @@ def _world(
         launch.rank,
         launch.size,
         launch.local_rank,
+        launch.local_size,
         launch.rank % mp_size,
         mp_size,
         device,
         Channel(world_group, launch.rank, everyone),
         Channel(replica_group, launch.rank % mp_size, mine),
         watch,
+        dist.distributed_c10d._get_default_store(),
     )
 
 

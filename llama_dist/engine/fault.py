@@ -1,0 +1,70 @@
+"""Where a row's logits went wrong: the sequence is computed again, alone, with every partial product looked at."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llama_dist.engine.scheduler import Sequence
+from llama_dist.model.cache import PAGE_SIZE, Span, make_batch
+from llama_dist.model.transformer import Transformer
+from llama_dist.parallel.control import collect
+from llama_dist.parallel.world import World
+
+
+def _stages(model: Transformer) -> list[tuple[str, nn.Module]]:
+    """The places where ranks put their parts together, in the order they are passed."""
+    stages: list[tuple[str, nn.Module]] = [("the embedding", model.tok_embeddings)]
+    for i, layer in enumerate(model.layers):
+        assert isinstance(layer.attention, nn.Module) and isinstance(layer.feed_forward, nn.Module)
+        stages += [(f"layer {i}, attention", layer.attention.wo), (f"layer {i}, feed-forward", layer.feed_forward.w2)]  # type: ignore[list-item]
+    return [*stages, ("the output", model.output)]
+
+
+def find_fault(model: Transformer, world: World, sequence: Sequence) -> str:
+    """What to say of a sequence whose logits are NaN or infinite: where it began, and on which rank.
+
+    Every rank of the replica calls it, having seen the same logits. A rank's part is its product before the reduction.
+    The recomputation has a cache of its own: pages that others share are not touched.
+    """
+    stages = _stages(model)
+    first = len(stages)
+    hooks = []
+
+    def looker(i: int) -> object:
+        def look(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            nonlocal first
+            if i < first and not _is_sound(module, args[0], model.tok_embeddings):
+                first = i
+
+        return look
+
+    for i, (_, module) in enumerate(stages):
+        hooks.append(module.register_forward_pre_hook(looker(i)))  # type: ignore[arg-type]
+    try:
+        tokens = sequence.tokens
+        pages = range(-(-len(tokens) // PAGE_SIZE))
+        batch = make_batch([(Span(pages, 0, len(tokens), sequence.prompt_len), tokens)], world.device)
+        model.logits(model(batch, model.new_cache(len(pages)))[-1:])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    firsts = collect(world, first, world.replica_channel)
+    where = min(firsts)
+    request = sequence.request.id
+    if where == len(stages):
+        return f"request {request}: its logits were NaN or infinite, which a second computation did not repeat"
+    rank = world.replica_channel.ranks[firsts.index(where)]
+    return f"request {request}: its numbers became NaN or infinite in {stages[where][0]}, on rank {rank}"
+
+
+def _is_sound(module: nn.Module, x: torch.Tensor, embedding: nn.Module) -> bool:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    if module is not embedding:
+        return bool(F.linear(x, weight).isfinite().all())
+    start = module.vocab_start_index
+    assert isinstance(start, int)
+    mine = x[(x >= start) & (x < start + len(weight))] - start
+    return bool(weight[mine].isfinite().all())
