@@ -24,8 +24,6 @@ if ! given "ckpt_dir" "$@"; then
     flags+=(--ckpt_dir "$model")
 fi
 given "nproc_per_node" "$@" || flags+=(--nproc_per_node 2)
-# In float32 the answers are the same on any number of ranks.
-given "dtype" "$@" || flags+=(--dtype float32)
 given "temperature" "$@" || flags+=(--temperature 0)
 given "max_gen_len" "$@" || flags+=(--max_gen_len 96)
 given "max_seq_len" "$@" || flags+=(--max_seq_len 1024)

@@ -8,7 +8,7 @@ ready_venv test
 cd "$root"
 # Real tokenizers and a small model, fetched once; without network the tests that want them are skipped.
 "$python" -m tests.assets >/dev/null || [[ "${CI:-}" != true ]] || die "the tests' files could not be fetched"
-"$python" -m ruff check .
-"$python" -m ruff format --check -q .
+"$python" -m ruff check llama_dist tests launch
+"$python" -m ruff format --check -q llama_dist tests launch
 "$python" -m mypy
 exec "$python" -m pytest "$@"

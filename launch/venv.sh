@@ -30,7 +30,8 @@ ready_venv() {
         rm -rf "$root/.venv"
         "$base" -m venv "$root/.venv" || die "$base cannot make a virtual environment; install its venv package (python3-venv)"
     fi
-    state="$("$python" -c 'import hashlib, sys; print(hashlib.sha256(b"".join(open(f, "rb").read() for f in sys.argv[1:])).hexdigest())' "$root/pyproject.toml")"
+    # What an install depends on: pyproject.toml, and where the sources lie, since it points to them.
+    state="$("$python" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read() + sys.argv[1].encode()).hexdigest())' "$root/pyproject.toml")"
     # An install with the tests' extras serves both.
     if grep -qsx -e "$state test" -e "$state $extra" "$stamp"; then
         return

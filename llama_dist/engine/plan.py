@@ -77,11 +77,8 @@ def rank_shapes(config: ModelConfig, units: Units, rank: int, n_ranks: int) -> d
 
 
 def rank_weight_bytes(config: ModelConfig, units: Units, n_ranks: int, dtype_bytes: int) -> list[int]:
-    """Bytes of parameters that each rank allocates."""
-    return [
-        dtype_bytes * sum(math.prod(s) for s in rank_shapes(config, units, rank, n_ranks).values())
-        for rank in range(n_ranks)
-    ]
+    """Bytes of parameters that each rank allocates: alike on all, because the last ones hold zero units."""
+    return [dtype_bytes * sum(math.prod(s) for s in rank_shapes(config, units, 0, n_ranks).values())] * n_ranks
 
 
 def model_bytes(config: ModelConfig, dtype_bytes: int) -> int:

@@ -70,16 +70,19 @@ def read_tokenizer(run: RunConfig, reader: Reader) -> Tokenizer:
 
 
 def pick_dtype(run: RunConfig, reader: Reader, device: torch.device) -> torch.dtype:
-    """`auto`: the checkpoint's own; bfloat16 for quantised weights, and for float16 on a CPU, which is slow at it."""
+    """`auto`: the checkpoint's own type, and bfloat16 for quantised weights; but on a CPU float32 for all but bfloat16.
+
+    A CPU is slow at float16, and decoded weights are not exact in bfloat16: a near tie then goes the wrong way.
+    """
     if run.dtype != "auto":
         dtype = getattr(torch, run.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
     info = reader.tensors["layers.0.attention.wq.weight"]
     quantised = info.file_bytes < 2 * info.shape[0] * info.shape[1]
-    if quantised or (info.dtype == torch.float16 and device.type == "cpu"):
-        return torch.bfloat16
-    return info.dtype
+    if device.type == "cpu":
+        return torch.bfloat16 if info.dtype == torch.bfloat16 and not quantised else torch.float32
+    return torch.bfloat16 if quantised else info.dtype
 
 
 def check_run(run: RunConfig) -> Checked:
