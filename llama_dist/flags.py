@@ -18,7 +18,7 @@ from types import UnionType
 from typing import Any
 
 from llama_dist.errors import ConfigError, RequestError
-from llama_dist.frontend.options import RENAMED, SHARED_HELP
+from llama_dist.frontend.options import RENAMED, SHARED_HELP, SHARED_PARSE
 
 FLAG = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 WORDS: Mapping[Any, str] = {str: "TEXT", int: "INT", float: "NUMBER", tuple[str, ...]: "TEXT", tuple[int, ...]: "LIST"}
@@ -66,7 +66,8 @@ def flags_of(options: type) -> dict[str, Flag]:
                     name = RENAMED.get(sub.name, sub.name)
                     kind, optional = _without_none(inner_hints[sub.name])
                     path = (field.name, sub.name)
-                    found[name] = Flag(name, path, kind, optional, sub.default, SHARED_HELP[name])
+                    parse = SHARED_PARSE.get(name)
+                    found[name] = Flag(name, path, kind, optional, sub.default, SHARED_HELP[name], parse)
         else:
             kind, optional = _without_none(hints[field.name])
             found[field.name] = Flag(
@@ -204,6 +205,8 @@ def placeholder(flag: Flag) -> str:
         return "DIR"
     if flag.name.endswith(("_path", "_file")):
         return "FILE"
+    if flag.name.endswith("_memory") and flag.type is int:
+        return "SIZE"
     return WORDS[flag.type]
 
 

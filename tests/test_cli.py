@@ -178,12 +178,30 @@ def test_yes_or_no_flags(words: str, echo: bool) -> None:
 
 def test_values_reach_their_places() -> None:
     line = (
-        "--tokenizer-path t --max-seq-len 7 --max_batch_size=2 --model_parallel_size 3 --units 9 --seed 4 "
+        "--tokenizer-path t --max-seq-len 7 --max_batch_size=2 --max_batch_tokens 30 --kv_cache_memory 4GB "
+        "--noprefix_caching --model_parallel_size 3 --units 9 --seed 4 "
         "--dtype float32 --device cpu --chat_format chatml --timeout 1.5 --check_every 2 --verbose "
         "--temperature 0 --top_p .5 --max_gen_len 6 --logprobs --echo --prompts_file p --chat --json"
     )
     options = generate(*line.split())
-    assert options.run == RunConfig("x", "t", 7, 2, 3, 9, 4, "float32", "cpu", "chatml", 1.5, 2, True)
+    assert options.run == RunConfig(
+        ckpt_dir="x",
+        tokenizer_path="t",
+        max_seq_len=7,
+        max_batch_size=2,
+        max_batch_tokens=30,
+        kv_cache_memory=4 * 10**9,
+        prefix_caching=False,
+        model_parallel_size=3,
+        units=9,
+        seed=4,
+        dtype="float32",
+        device="cpu",
+        chat_format="chatml",
+        timeout=1.5,
+        check_every=2,
+        verbose=True,
+    )
     assert options.sampling == SamplingParams(0.0, 0.5, 6, True, True)
     assert (options.prompt, options.prompts_file, options.chat, options.json) == ((), "p", True, True)
     assert generate("--prompt", "x", "--max_seq_len", "none").run.max_seq_len is None
@@ -198,7 +216,8 @@ def test_plan_takes_lists() -> None:
 
 
 def test_every_field_of_run_and_sampling_has_its_help() -> None:
-    names = [f.name for cls in (RunConfig, SamplingParams) for f in dataclasses.fields(cls)]
+    shared = {f.name: f.metadata["names"] for f in dataclasses.fields(cli.COMMANDS["generate"]) if "names" in f.metadata}
+    names = [f.name for f in dataclasses.fields(RunConfig)] + list(shared["sampling"])
     assert {RENAMED.get(name, name) for name in names} == set(SHARED_HELP)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llama_dist import __main__, cli
 from llama_dist.checkpoint.open import open_checkpoint
-from llama_dist.config import ModelConfig
+from llama_dist.config import ModelConfig, RunConfig
 from llama_dist.engine.engine import LOGIT_ROWS
 from llama_dist.engine.plan import (
     OVERHEAD,
@@ -33,6 +33,7 @@ from llama_dist.engine.plan import (
 from llama_dist.frontend.options import parse_sizes
 from llama_dist.frontend.plan import make_plan
 from llama_dist.frontend.sizes import show_bytes
+from llama_dist.model.cache import PAGE_SIZE
 from llama_dist.model.transformer import Transformer
 from llama_dist.parallel import layers
 from tests import tiny
@@ -118,8 +119,8 @@ def test_bytes_are_those_a_rank_allocates(
         held = {key: tuple(p.shape) for key, p in model.named_parameters()}
         assert held == rank_shapes(config, units, rank, n_ranks)
         assert sum(p.nbytes for p in model.parameters()) == expected[rank]
-        cache = model.new_cache(3, 5)
-        assert cache.n_bytes == 3 * 5 * kv_bytes_per_token(config, units, n_ranks, 2)
+        cache = model.new_cache(5)
+        assert cache.n_bytes == 5 * PAGE_SIZE * kv_bytes_per_token(config, units, n_ranks, 2)
 
 
 @given(configs(), st.integers(1, 9), st.integers(0, 8))

@@ -21,6 +21,9 @@ SHARED_HELP: Mapping[str, str] = {
     "tokenizer_path": "tokenizer file; default: what lies in the checkpoint directory",
     "max_seq_len": "longest sequence in tokens, prompt and answer; default: the model's own, at most 4096",
     "max_batch_size": "sequences computed at once",
+    "max_batch_tokens": "tokens computed in one tick, of prompts and answers together",
+    "kv_cache_memory": "memory of a rank's cache of keys and values, such as 4GB; default: what is left",
+    "prefix_caching": "compute beginnings that several prompts share only once",
     "model_parallel_size": "ranks that share one copy of the model; default: all; fewer make replicas",
     "units": "pieces every parallel dimension is cut into; default: 8, or the ranks where more",
     "seed": "seed of the sampler; the same seed gives the same text on any number of ranks",
@@ -81,6 +84,18 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def parse_size(text: str) -> int:
+    """One size to bytes."""
+    sizes = parse_sizes(text)
+    if len(sizes) != 1:
+        raise ValueError("must be one size")
+    return sizes[0]
+
+
+SHARED_PARSE: Mapping[str, Callable[[str], Any]] = {"kv_cache_memory": parse_size}
+"""How a shared flag's text becomes its value, where its type does not say."""
+
+
 @dataclass(frozen=True)
 class GenerateOptions:
     """completes prompts
@@ -126,6 +141,47 @@ class ChatOptions:
     run: RunConfig = field(metadata=part())
     sampling: SamplingParams = field(metadata=part("temperature", "top_p", "max_tokens"))
     system: str | None = field(default=None, metadata=option("system prompt"))
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """answers a file of requests, every line exactly once
+
+    Reads OpenAI's batch lines, or bare {"prompt": ...} and {"messages": ...}, and appends a result a line as it
+    finishes. Killed at any moment, the same command goes on where it was. It ends with 0 when every line has its
+    result (an error record is one), with 75 when it was told to stop before: run it again. OUTPUT.status.json says
+    how it fares.
+    """
+
+    run: RunConfig = field(metadata=part())
+    input_file: str = field(metadata=option("JSON lines, one request each; - is stdin"))
+    output_file: str = field(metadata=option("results, one JSON line each; - is stdout, which cannot be resumed"))
+    ordered: bool = field(default=False, metadata=option("put the finished file in the order of the input"))
+    strict: bool = field(default=False, metadata=option("check every line first, and refuse a file that has a bad one"))
+    retry_failed: bool = field(default=False, metadata=option("answer lines again that have an error in the output"))
+    force: bool = field(
+        default=False, metadata=option("go on though input, checkpoint, flags or versions have changed")
+    )
+    grace: float = field(
+        default=30.0, metadata=option("seconds that running requests have to finish, once told to stop")
+    )
+    deadline: float | None = field(
+        default=None,
+        metadata=option("seconds after which no more lines are begun; default: in time for the end Slurm has set"),
+    )
+    log_every: float = field(default=10.0, metadata=option("seconds between two lines of progress in a log; 0 is none"))
+    report: str | None = field(default=None, metadata=option("an HTML page with plots of the run, written at its end"))
+
+    def __post_init__(self) -> None:
+        for name in ("grace", "deadline", "log_every"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ConfigError(f"--{name} is {value}, must be 0 seconds or more")
+        for name in ("input_file", "output_file"):
+            if not getattr(self, name):
+                raise ConfigError(f"--{name} is empty, must be a path or -")
+        if self.output_file == "-" and (self.ordered or self.retry_failed or self.force):
+            raise ConfigError("--ordered, --retry_failed and --force need an --output_file that is a file, not -")
 
 
 @dataclass(frozen=True)
