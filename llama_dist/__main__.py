@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ def refuse(err: LlamaDistError, rank: int, speaks: bool) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, run. Returns the exit code: 0, 2 for what the user can mend, 1 for the rest."""
+    # torch's C++ warns at length of connections that a failed peer closed; who failed, the watch says in one line
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     rank, local_rank = 0, 0
     try:
         launch = read_launch()

@@ -17,13 +17,14 @@ from llama_dist.frontend import options
 COMMANDS: Mapping[str, type] = {
     "generate": options.GenerateOptions,
     "chat": options.ChatOptions,
+    "batch": options.BatchOptions,
     "inspect": options.InspectOptions,
     "plan": options.PlanOptions,
     "convert": options.ConvertOptions,
 }
 """Each command has a module of its name in `frontend`, whose `prepare(options)` checks all and returns the work."""
 
-ON_RANKS = frozenset({"generate", "chat"})
+ON_RANKS = frozenset({"generate", "chat", "batch"})
 """The commands that several ranks run together; the others are one process."""
 
 HELP_WORDS = ("--help", "-h", "help")

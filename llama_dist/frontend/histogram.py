@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 GROWTH = 1.02
 """Each bucket reaches 2 % further than the one below."""
@@ -30,11 +31,13 @@ class LogHistogram:
             self.least = value
         if value > self.most:
             self.most = value
-        bucket = math.floor(math.log(min(max(value, LEAST), MOST)) * _PER_LOG)
+        if not LEAST <= value <= MOST:
+            value = LEAST if value < LEAST else MOST
+        bucket = math.floor(math.log(value) * _PER_LOG)
         self._buckets[bucket] = self._buckets.get(bucket, 0) + 1
 
     def percentile(self, percent: float) -> float:
-        """The smallest value that `percent` % of all do not exceed, within ERROR of itself. NaN where nothing was added.
+        """The smallest value that `percent` % of all do not exceed, within ERROR of itself; NaN where there is none.
 
         Of 1, 2, 3 and 4 the 50th is 2 and the 51st is 3.
         """
@@ -47,7 +50,7 @@ class LogHistogram:
         for bucket in sorted(self._buckets):
             seen += self._buckets[bucket]
             if seen >= rank:
-                return min(max(GROWTH ** (bucket + 0.5), self.least), self.most)
+                return min(max(math.exp((bucket + 0.5) / _PER_LOG), self.least), self.most)
         raise AssertionError(f"{self.count} values but {seen} in buckets")
 
     def bars(self, at_most: int) -> list[tuple[float, float, int]]:
@@ -59,5 +62,5 @@ class LogHistogram:
         counts = [0] * math.ceil((high - low + 1) / width)
         for bucket, count in self._buckets.items():
             counts[(bucket - low) // width] += count
-        edges = [GROWTH ** (low + i * width) for i in range(len(counts) + 1)]
-        return list(zip(edges, edges[1:], counts, strict=False))
+        edges = [math.exp((low + i * width) / _PER_LOG) for i in range(len(counts) + 1)]
+        return [(a, b, n) for (a, b), n in zip(pairwise(edges), counts, strict=True)]

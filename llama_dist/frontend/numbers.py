@@ -11,8 +11,7 @@ def show_number(value: float) -> str:
         return "-"
     if value == 0 or abs(value) >= 99.95:
         return f"{value:,.0f}"
-    decimals = 2 - math.floor(math.log10(abs(value)))
-    return f"{value:.{min(max(decimals, 1), 6)}f}"
+    return f"{value:#.3g}"
 
 
 def show_short(value: float) -> str:

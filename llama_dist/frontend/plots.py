@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from llama_dist.frontend.histogram import LogHistogram
 from llama_dist.frontend.numbers import show_number
@@ -17,11 +18,10 @@ from llama_dist.frontend.series import Stretch
 from llama_dist.frontend.tally import Tally
 
 STRETCHES = 240  # points across a plot
-BARS = 60
-WIDTH = 9.0
-PROMPT, NEW, GREY = "#0b7285", "#e8590c", "#52606d"
-STYLE = {
-    "svg.fonttype": "none",  # text stays text: it can be searched and needs no glyphs in the file
+BARS = 120
+WIDTH = 9.0  # inches, of which the text's sizes are a measure; the page scales them together
+BLUE, ORANGE, GREY = "#0b7285", "#e8590c", "#52606d"
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -41,25 +41,30 @@ STYLE = {
 UNITS = ((172800.0, 86400.0, "days"), (7200.0, 3600.0, "hours"), (180.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
 
 
+EMPTY = "<p>Nothing to show.</p>"
+
+
 def draw_plots(tally: Tally) -> list[tuple[str, str, str]]:
-    """(key, heading, SVG) of each plot."""
+    """(key, heading, HTML) of each plot."""
     course = tally.series.stretches(STRETCHES)
+    throughput = {
+        "generated tokens/s": [s.new_tokens for s in course],
+        "prompt tokens/s": [s.prompt_tokens for s in course],
+    }
+    batch = {"running sequences": [s.running for s in course], "waiting sequences": [s.waiting for s in course]}
+    kv = {"pages held, %": [100 * s.kv for s in course]}
     return [
-        ("throughput", "Throughput", _svg("throughput", 2.7, lambda axes: _throughput(axes, course))),
-        ("batch", "Batch size", _svg("batch", 2.7, lambda axes: _batch(axes, course))),
-        ("kv", "KV cache", _svg("kv", 2.2, lambda axes: _kv(axes, course))),
-        ("latency", "Latency", _svg("latency", 2.7, lambda axes: _latency(axes, tally.latency))),
+        ("throughput", "Throughput", _over_time("throughput", course, throughput)),
+        ("batch", "Batch size", _over_time("batch", course, batch)),
+        ("kv", "KV cache", _over_time("kv", course, kv, top=100)),
+        ("latency", "Latency", _latency(tally.latency)),
     ]
 
 
-def _svg(name: str, height: float, draw: Callable[[Axes], None]) -> str:
-    """A figure of one plot, `height` inches to WIDTH."""
-    with rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(WIDTH, height))
-        # Margins in inches, alike for all, so that the plots' time axes stand under each other.
-        figure.subplots_adjust(0.8 / WIDTH, 0.5 / height, 1 - 0.1 / WIDTH, 1 - 0.3 / height)
-        draw(figure.add_subplot())
-        buffer = io.StringIO()
+def _svg(name: str, figure: Figure) -> str:
+    """The figure as an element of a page."""
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):  # text stays text: searchable, and shorter
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
     text = text[text.index("<svg") :]  # the XML and DOCTYPE lines have no place in a page
@@ -68,87 +73,63 @@ def _svg(name: str, height: float, draw: Callable[[Axes], None]) -> str:
     return re.sub(r"'DejaVu Sans'[^;\"]*", "'DejaVu Sans', Verdana, Arial, sans-serif", text)
 
 
-def _steps(axes: Axes, course: Sequence[Stretch], values: Sequence[float], label: str, color: str) -> None:
-    size, _ = _unit(course)
+def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """Axes under each other, each `height` inches high; margins in inches, alike in all figures, so that they align."""
+    total = 0.5 + count * (height + 0.25)
+    figure = Figure(figsize=(WIDTH, total))
+    figure.subplots_adjust(0.9 / WIDTH, 0.5 / total, 1 - 0.15 / WIDTH, 1 - 0.25 / total, hspace=0.25 / height)
+    panels = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0].tolist()
+    for axes in panels:
+        axes.yaxis.set_label_coords(-0.72 / WIDTH, 0.5)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10], min_n_ticks=2))
+        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+    return figure, panels
+
+
+def _tick(value: float, _: int | None) -> str:
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:g}M"
+    return f"{value / 1e3:g}k" if abs(value) >= 1e5 else f"{value:,g}"
+
+
+def _over_time(name: str, course: Sequence[Stretch], lines: dict[str, list[float]], top: float | None = None) -> str:
+    """A panel a line, because one may dwarf the other; `top`: where the scale ends, if not at the largest value."""
     if not course:
-        return
+        return EMPTY
+    size, unit = next((size, unit) for least, size, unit in UNITS if course[-1].end >= least)
     edges = [course[0].start / size, *(stretch.end / size for stretch in course)]
-    axes.stairs(values, edges, baseline=None, label=label, color=color, linewidth=1.4)
+    with rc_context(STYLE):
+        figure, panels = _panels(len(lines), 1.5)
+        for axes, (label, values), color in zip(panels, lines.items(), (BLUE, ORANGE), strict=False):
+            axes.stairs(values, edges, baseline=None, color=color, linewidth=1.4)
+            axes.set_ylabel(label)
+            axes.set_ylim(0, top if top is not None else 1.08 * max(values) or 1)
+        panels[-1].set_xlim(0, edges[-1])
+        panels[-1].set_xlabel(f"{unit} since the start")
+        return _svg(name, figure)
 
 
-def _unit(course: Sequence[Stretch]) -> tuple[float, str]:
-    span = course[-1].end if course else 0.0
-    return next((size, name) for least, size, name in UNITS if span >= least)
-
-
-def _over_time(axes: Axes, course: Sequence[Stretch], label: str, legend: bool = True) -> None:
-    """What the plots over time have in common."""
-    size, name = _unit(course)
-    axes.set_xlabel(f"{name} since the start")
-    axes.set_ylabel(label)
-    axes.set_ylim(bottom=0)
-    axes.set_xlim(0, course[-1].end / size if course else 1)
-    if legend and course:
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
-
-
-def _plain() -> FuncFormatter:
-    return FuncFormatter(lambda value, _: f"{value:,.0f}" if value == round(value) else f"{value:,g}")
-
-
-def _throughput(axes: Axes, course: Sequence[Stretch]) -> None:
-    _steps(axes, course, [s.prompt_tokens for s in course], "prompt", PROMPT)
-    _steps(axes, course, [s.new_tokens for s in course], "generated", NEW)
-    _over_time(axes, course, "tokens/s")
-    axes.yaxis.set_major_formatter(_plain())
-
-
-def _batch(axes: Axes, course: Sequence[Stretch]) -> None:
-    _steps(axes, course, [s.running for s in course], "running", PROMPT)
-    _steps(axes, course, [s.waiting for s in course], "waiting", NEW)
-    _over_time(axes, course, "sequences")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(_plain())
-
-
-def _kv(axes: Axes, course: Sequence[Stretch]) -> None:
-    _steps(axes, course, [s.kv for s in course], "held", PROMPT)
-    _over_time(axes, course, "pages held", legend=False)
-    axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-
-
-def _latency(axes: Axes, values: LogHistogram) -> None:
-    bars = values.bars(BARS)
-    axes.set_xlabel("seconds from hand-over to end, logarithmic")
-    axes.set_ylabel("requests")
-    axes.set_xscale("log")
+def _latency(latency: LogHistogram) -> str:
+    bars = latency.bars(min(BARS, 20 + latency.count))
     if not bars:
-        axes.set_xlim(0.1, 10)
-        axes.set_yticks([])
-        return
-    axes.bar(
-        [low for low, _, _ in bars],
-        [count for _, _, count in bars],
-        [high - low for low, high, _ in bars],
-        align="edge",
-        color=PROMPT,
-        edgecolor="white",
-        linewidth=0.4,
-    )
-    # At least half a decade, so that two or three of the ticks 1, 2, 5, 10 ... are in sight.
-    spare = max(1.05, (6 * bars[0][0] / bars[-1][1]) ** 0.5)
-    axes.set_xlim(bars[0][0] / spare, bars[-1][1] * spare)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(_plain())
-    top = axes.get_ylim()[1]
-    for i, percent in enumerate((50, 90, 99)):
-        at = values.percentile(percent)
-        axes.axvline(at, color=NEW, linewidth=1)
-        axes.text(
-            at, top * (1.14 - 0.07 * (i % 2)), f" p{percent} {show_number(at)} s", color=NEW, va="top", fontsize=9
-        )
-    axes.set_ylim(0, top * 1.16)
+        return EMPTY
+    least, most = bars[0][0], bars[-1][1]
+    widths = [high - low for low, high, _ in bars]
+    with rc_context(STYLE):
+        figure, (axes,) = _panels(1, 2.0)
+        axes.set_xscale("log")
+        axes.bar([low for low, _, _ in bars], [count for _, _, count in bars], widths, align="edge", color=BLUE)
+        for percent, dashes in ((50, "-"), (90, "--"), (99, ":")):
+            at = latency.percentile(percent)
+            axes.axvline(at, color=ORANGE, linestyle=dashes, label=f"p{percent}: {show_number(at)} s")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.1)
+        spare = max(1.05, (4 * least / most) ** 0.5)  # at least a span that has several ticks
+        axes.set_xlim(least / spare, most * spare)
+        wide = most / least > 30
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.5, 2, 3, 4, 5, 6, 8)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.minorticks_off()
+        axes.set_ylabel("requests")
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10], integer=True))
+        axes.set_xlabel("seconds from hand-over to end (logarithmic scale)")
+        return _svg("latency", figure)

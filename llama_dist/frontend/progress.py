@@ -61,6 +61,7 @@ class Bar:
         counts = "{n_fmt}/{total_fmt}" if standing.total is not None else "{n_fmt} done"
         gauge = "{percentage:3.0f}%|{bar}| " if standing.total is not None else ""
         self._bar = tqdm(
+            desc=standing.short,
             total=standing.total,
             initial=standing.done,
             bar_format=f"{gauge}{counts} {{desc}}",
@@ -69,7 +70,6 @@ class Bar:
         )
         self._logs = ExitStack()
         self._logs.enter_context(logging_redirect_tqdm([log]))  # log lines go above the bar, not into it
-        self.show(standing)
 
     def show(self, standing: Standing) -> None:
         self._bar.n = standing.done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 INTERVAL = 0.25  # seconds between two samples at first
@@ -67,4 +68,4 @@ class Series:
             kept = [*kept, self.samples[-1]]
             if len(kept) > 2 and kept[-1].seconds - kept[-2].seconds < (kept[-2].seconds - kept[-3].seconds) / 2:
                 kept = [*kept[:-2], kept[-1]]  # a sliver's mean would be mostly chance
-        return [between(a, b) for a, b in zip(kept, kept[1:], strict=False)]
+        return [between(a, b) for a, b in pairwise(kept)]

@@ -61,7 +61,7 @@ def summarize(tally: Tally, state: str, message: str | None, total: int | None, 
     ]
     return Summary(
         tuple(rows),
-        ("least", *(f"p{percent}" for percent in PERCENTS), "most"),
+        ("min", *(f"p{percent}" for percent in PERCENTS), "max"),
         (
             ("latency, s", _spread(tally.latency)),
             ("new tokens/s of a request", _spread(tally.token_rate)),

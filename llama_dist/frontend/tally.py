@@ -30,7 +30,6 @@ class Tally:
 
     def __init__(self) -> None:
         self.stats = NOTHING
-        self.now = ZERO
         self.done = 0
         """Requests that have their answer, failed ones too."""
         self.failed = 0
@@ -48,6 +47,7 @@ class Tally:
         """New tokens a second of each good request that has some."""
         self.series = Series()
         self._recent: deque[Sample] = deque([ZERO])
+        self._seconds = self._running = self._waiting = self._kv = 0.0
 
     def add(self, seconds: float, stats: EngineStats, finished: Sequence[Finished]) -> None:
         """Take in a tick that ended `seconds` after the start, and the requests that ended in it."""
@@ -63,26 +63,32 @@ class Tally:
             self.latency.add(request.seconds)
             if request.new_tokens and request.seconds > 0:
                 self.token_rate.add(request.new_tokens / request.seconds)
-        kv = stats.pages_held / stats.pages_total if stats.pages_total else 0.0
-        before = self.now
-        passed = max(0.0, seconds - before.seconds)
-        self.now = now = Sample(
-            before.seconds + passed,
-            stats.prompt_tokens,
-            stats.new_tokens,
-            before.running + running * passed,
-            before.waiting + stats.waiting * passed,
-            before.kv + kv * passed,
-        )
         self.stats, self.running = stats, running
-        self.busiest = max(self.busiest, running)
-        self.fullest = max(self.fullest, kv)
+        kv = self.kv
+        passed = max(0.0, seconds - self._seconds)
+        self._seconds += passed
+        self._running += running * passed
+        self._waiting += stats.waiting * passed
+        self._kv += kv * passed
+        if running > self.busiest:
+            self.busiest = running
+        if kv > self.fullest:
+            self.fullest = kv
+        if self._seconds - self._recent[-1].seconds >= INTERVAL:
+            self._sample()
+
+    def _sample(self) -> None:
+        now, recent = self.now, self._recent
         self.series.add(now)
-        recent = self._recent
-        if now.seconds - recent[-1].seconds >= INTERVAL:
-            recent.append(now)
-            while len(recent) > 2 and recent[1].seconds <= now.seconds - RECENT:
-                recent.popleft()
+        recent.append(now)
+        while len(recent) > 2 and recent[1].seconds <= now.seconds - RECENT:
+            recent.popleft()
+
+    @property
+    def now(self) -> Sample:
+        """The sums up to the last tick."""
+        counts = self.stats.prompt_tokens, self.stats.new_tokens
+        return Sample(self._seconds, *counts, self._running, self._waiting, self._kv)
 
     @property
     def kv(self) -> float:

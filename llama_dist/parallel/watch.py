@@ -2,8 +2,8 @@
 
 A gloo collective with a dead peer fails with an address or not at all, and a Python signal handler does not run while
 the main thread is inside a collective. So one side thread a process waits on a wake-up pipe, which the C-level signal
-handler writes to at once, and on a pidfd of every rank of this host. It calls no collective; it talks to the store
-over a connection of its own: each rank's card (host, pid), a heartbeat a second, the first error, who left in order.
+handler writes to at once, and on a pidfd of every rank of this host. It calls no collective; what ranks have to tell
+each other of life and death stands on a board in the store (board.py).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from types import TracebackType
 from typing import NoReturn
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from llama_dist.errors import LlamaDistError, PeerLost
+from llama_dist.parallel.board import Board
 from llama_dist.parallel.launch import Launch, read_launch
 
 log = logging.getLogger("llama_dist")
@@ -37,7 +37,7 @@ SILENT = 2.5  # seconds without one after which a rank counts as stuck, once a c
 LOST_HOST = 30.0  # the same while nothing has failed yet, for ranks of other hosts
 GRACE = 2.0  # seconds the main thread has to notice a lost peer by itself and say so
 PR_SET_PDEATHSIG = 1
-DRAIN = "drain"
+KEEP_STORE = 2.5  # seconds for which a failed rank that keeps the store lets the others read why
 EX_TEMPFAIL = 75  # sysexits.h: run me again
 
 
@@ -77,8 +77,7 @@ class Watch:
         self.rank = rank
         self.lost: PeerLost | None = None
         self._cards: list[Card] = []
-        self._beats: dict[int, tuple[int, float]] = {}
-        self._store: Store | None = None
+        self._board: Board | None = None
         self._leaving = False
         self._finishing = threading.Lock()
         self._pidfds: dict[int, int] = {}
@@ -87,6 +86,10 @@ class Watch:
         os.set_blocking(self._wake_write, False)
         self._poll.register(self._wake_read, select.POLLIN)
         self._guarded = False
+        self._victim: int | None = None  # the rank whose death this rank noticed first
+        self._told = False  # another rank has said why the job ends
+        self._keeps_store = self._posted = False
+        self._stuck: frozenset[int] = frozenset()
         self._parent = os.getppid()
         self._drains = False
         self.draining = threading.Event()
@@ -130,8 +133,8 @@ class Watch:
             return
         store.set(f"card/{self.rank}", json.dumps(asdict(_my_card(self.rank))))
         self._cards = [Card(**json.loads(store.get(f"card/{r}"))) for r in range(launch.size)]
-        side = store.clone()  # type: ignore[attr-defined]
-        side.set_timeout(timedelta(seconds=3))
+        board = Board(store, self.rank)
+        self._keeps_store = self.rank == 0 and not launch.agent_store
         mine = self._cards[self.rank]
         for card in self._cards:
             if card.rank != self.rank and card.space == mine.space:
@@ -141,7 +144,7 @@ class Watch:
                     log.debug("no pidfd for %s: %s", card, err)
         for fd in self._pidfds:
             self._poll.register(fd, select.POLLIN)
-        self._store = side
+        self._board = board
         if not self._guarded:
             self._hook_exceptions()
         os.write(self._wake_write, b"\0")
@@ -165,12 +168,9 @@ class Watch:
     def detach(self) -> None:
         """This rank leaves in order: the others must not take its end for a death."""
         self._leaving = True
-        if self._store is not None:
-            try:
-                self._store.set(f"left/{self.rank}", "")
-            except RuntimeError as err:  # the store's host left first: nobody is there to be misled
-                log.debug("store gone at leave: %s", err)
-            self._store = None
+        if self._board is not None:
+            self._board.leave()
+            self._board = None
 
     # ---- the side thread
 
@@ -185,9 +185,9 @@ class Watch:
                 else:
                     self._poll.unregister(fd)
                     self._on_death(self._pidfds[fd])
-            if time.monotonic() >= due and self._store is not None:
+            if time.monotonic() >= due and self._board is not None:
                 due = time.monotonic() + BEAT
-                self._on_beat(self._store)
+                self._on_beat(self._board)
 
     def _on_signal(self, number: int) -> None:
         # torchrun sends SIGTERM to all when one rank dies: look for that one before blaming the signal.
@@ -209,90 +209,79 @@ class Watch:
 
     def _drain(self) -> None:
         self.draining.set()
-        if self._store is not None:
-            try:
-                self._store.set(DRAIN, "")
-            except RuntimeError as err:  # without the store the others hear of it by their own signal or not at all
-                log.debug("store: %s", err)
+        if self._board is not None:
+            self._board.ask_to_drain()
 
     def _on_death(self, rank: int) -> None:
-        if self._leaving or self._has(f"left/{rank}"):
+        board = self._board
+        if self._leaving or board is None or board.has_left(rank):
             return
-        self._lose(self._reported() or f"{self._cards[rank]} died")
+        reported = board.report()
+        if self.lost is None:
+            self._victim, self._told = rank, reported is not None
+        self._lose(reported or f"{self._cards[rank]} died")
 
-    def _on_beat(self, store: Store) -> None:
-        try:
-            store.add(f"beat/{self.rank}", 1)
-            remote = [c for c in self._cards if c.rank != self.rank and c.rank not in self._pidfds.values()]
-            if self._drains and not self.draining.is_set() and self._has(DRAIN):
-                self.draining.set()
-            reported = self._reported() if self.lost is None else None
-            silent = [c for c in remote if self._silence(store, c.rank) > LOST_HOST and not self._has(f"left/{c.rank}")]
-        except RuntimeError as err:  # the store is gone: its host's death is noticed by pidfd, signal or collective
-            log.debug("store: %s", err)
+    def _on_beat(self, board: Board) -> None:
+        board.beat()
+        if self._drains and not self.draining.is_set() and board.is_to_drain():
+            self.draining.set()
+        if self.lost is not None:
             return
+        reported = board.report()
         if reported:
-            self._lose(reported)
-        elif silent:
+            self._told = True
+            self._lose(reported, grace=0.1)
+            return
+        # ranks of other hosts have no pidfd here
+        remote = [c for c in self._cards if c.rank != self.rank and c.rank not in self._pidfds.values()]
+        silent = [c for c in remote if board.silence(c.rank) > LOST_HOST and not board.has_left(c.rank)]
+        if silent:
             self._lose(f"{silent[0]} has not been heard of for {LOST_HOST:g} s")
 
-    def _silence(self, store: Store, rank: int) -> float:
-        """Seconds since the heartbeat of `rank` last moved."""
-        count, now = store.add(f"beat/{rank}", 0), time.monotonic()
-        seen, when = self._beats.get(rank, (-1, now))
-        if count != seen:
-            self._beats[rank] = (count, now)
-            return 0.0
-        return now - when
-
-    def _lose(self, message: str) -> None:
+    def _lose(self, message: str, grace: float = GRACE) -> None:
         if self.lost is not None or self._leaving:
             return
         self.lost = PeerLost(message)
-        timer = threading.Timer(GRACE, lambda: None if self._leaving else self.finish(message, PeerLost.exit_code))
+        timer = threading.Timer(grace, lambda: None if self._leaving else self.finish(message, PeerLost.exit_code))
         timer.daemon = True
         timer.start()
 
-    # ---- what the store says
-
-    def _has(self, key: str) -> bool:
-        try:
-            return self._store is not None and self._store.check([key])
-        except RuntimeError:
-            return False
-
-    def _reported(self) -> str | None:
-        """The error another rank posted before it ended."""
-        if self._store is None or not self._has("error"):
-            return None
-        report = json.loads(self._store.get("error"))
-        return f"rank {report['rank']}: {report['message']}" if report["rank"] != self.rank else None
-
-    def _post(self, message: str) -> bool:
-        """Put this rank's error where all see it. True for the first to do so, who also prints it."""
-        if self._store is None:
-            return True
-        mine = json.dumps({"rank": self.rank, "message": message})
-        try:
-            return bool(self._store.compare_set("error", "", mine) == mine.encode())
-        except RuntimeError:
-            return True
-
     # ---- ending
+
+    def _speaks(self, message: str) -> bool:
+        """Put this rank's error where all see it. True for the first to do so, who also prints it."""
+        if self._told or self._board is None:
+            return not self._told
+        self._posted = True
+        first = self._board.post(message)
+        if first is not None:
+            return first
+        # The store went with the rank that kept it: of this host's survivors the first speaks.
+        dead = self._stuck | {self._victim}
+        here = [r for r in self._pidfds.values() if r not in dead]
+        return not (dead - {None}) or all(r > self.rank for r in here)
+
+    def _await_others(self) -> None:
+        """Let the others read why, before the store goes with this rank that keeps it."""
+        poll, left = select.poll(), {fd for fd, rank in self._pidfds.items() if rank not in self._stuck}
+        for fd in left:
+            poll.register(fd, select.POLLIN)
+        deadline = time.monotonic() + KEEP_STORE
+        while left and (wait := deadline - time.monotonic()) > 0:
+            for fd, _ in poll.poll(wait * 1000):
+                poll.unregister(fd)
+                left.discard(fd)
 
     def explain(self, err: PeerLost) -> PeerLost:
         """The failure of a collective, as the rank that caused it: waits for the side thread to know."""
         deadline = time.monotonic() + SILENT + BEAT
-        store = self._store
-        while self.lost is None and store is not None and time.monotonic() < deadline:
+        while self.lost is None and self._board is not None and time.monotonic() < deadline:
             time.sleep(0.05)
-            try:
-                stuck = [
-                    c for c in self._cards if c.rank != self.rank and self._silence(store, c.rank) > SILENT
-                ]  # fmt: skip
-            except RuntimeError:
-                break
+            stuck = [c for c in self._cards if c.rank != self.rank and self._board.silence(c.rank) > SILENT]
+            if self._board.frozen and not stuck:
+                stuck = self._cards[:1]  # the store answers no more: who keeps it is stuck (or torchrun, with all)
             if stuck:
+                self._stuck = frozenset(c.rank for c in stuck)
                 return PeerLost(f"{stuck[0]} does not answer ({err})")
         return self.lost or err
 
@@ -305,7 +294,7 @@ class Watch:
             traceback.print_exception(err)
         message = (str(err) if known else f"{type(err).__name__}: {err}").replace("\n", " ")
         code = err.exit_code if isinstance(err, LlamaDistError) else 1
-        if self._store is not None:
+        if self._board is not None:
             self.finish(message, code)
         _say(message)
         if self._last_words is not None:
@@ -315,13 +304,15 @@ class Watch:
     def finish(self, message: str, code: int) -> NoReturn:
         """Print the line (the first rank to fail does), flush, leave at once: teardown after a lost peer can abort."""
         self._finishing.acquire()  # a second caller waits here until the process ends
-        if self._post(message):
+        if self._speaks(message):
             _say(f"[rank {self.rank}] {message}" if self._cards else message)
             if self._last_words is not None:
                 try:
                     self._last_words(message, code)
                 except Exception as err:  # nothing may keep a failed rank from leaving
                     _say(f"at the end: {err}")
+        if self._keeps_store and self._posted:
+            self._await_others()
         flusher = threading.Thread(target=sys.stdout.flush, daemon=True)
         flusher.start()
         flusher.join(1.0)  # the reader of a full pipe may be gone

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -13,12 +13,14 @@ from llama_dist.errors import RequestError
 from llama_dist.frontend.batch import values
 from llama_dist.frontend.batch.fields import Settings, read_settings
 from llama_dist.frontend.batch.prompts import Encoder
+from llama_dist.request import Request
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MAX_LINE = 64 * 2**20
 """Bytes of a line worth reading: beyond any prompt a model can take."""
 
 _ID_FIRST = re.compile(rb'\s*\{\s*"custom_id"\s*:\s*"([^"\\\x00-\x1f]+)"\s*[,}]')
+_ESCAPED = re.compile(rb"\\u00[2-7]")  # of a character that the key might be spelled with
 _ENVELOPE = ("custom_id", "method", "url", "body")
 
 
@@ -46,14 +48,16 @@ def default_id(number: int) -> str:
     return f"line-{number}"
 
 
-def answer_params(line: Line, run_seed: int) -> list[Settings]:
-    """One Settings an answer, with the seed it is sampled with: the line's own for the first, one derived from it for
-    the others; from the run's seed and the line's custom_id where it names none. The line's place plays no part.
+def requests_of(line: Line, run_seed: int) -> list[Request]:
+    """One request to the engine for each answer, its id `NUMBER.INDEX`.
+
+    The first answer's seed is the line's own, or made from the run's seed and the custom_id; the others' are made from
+    the first's. The line's place in the file plays no part.
     """
-    own = line.settings.params.seed
-    first = derive_seed(run_seed, line.custom_id) if own is None else own
+    params = line.settings.params
+    first = derive_seed(run_seed, line.custom_id) if params.seed is None else params.seed
     seeds = [first, *(derive_seed(first, str(k)) for k in range(1, line.settings.n))]
-    return [replace(line.settings, params=replace(line.settings.params, seed=seed)) for seed in seeds]
+    return [Request(f"{line.number}.{k}", line.prompt, replace(params, seed=seed)) for k, seed in enumerate(seeds)]
 
 
 def custom_id_of(raw: bytes, number: int) -> str:
@@ -61,11 +65,10 @@ def custom_id_of(raw: bytes, number: int) -> str:
 
     Most files have it first and once, so that no JSON needs parsing.
     """
-    if b"custom_id" not in raw and b"\\u" not in raw:
-        return default_id(number)
     found = _ID_FIRST.match(raw)
-    if found and raw.count(b"custom_id") == 1 and b"\\u" not in raw:
-        return found[1].decode("utf-8", "replace")
+    again = raw.find(b"custom_id", found.end() if found else 0)
+    if again < 0 and not (b"\\u00" in raw and _ESCAPED.search(raw)):
+        return found[1].decode("utf-8", "replace") if found else default_id(number)
     try:
         data = _parse(raw)
     except LineError:
@@ -143,7 +146,7 @@ def _request(data: Mapping[str, Any]) -> tuple[bool, Mapping[str, Any]]:
     return chat, body
 
 
-def numbered_lines(read: Any, first: int = 1) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(read: Callable[[int], bytes], first: int = 1) -> Iterator[tuple[int, bytes]]:
     """(number, bytes) of the lines that `read(size)` returns one after another, `readline` of a file.
 
     Of a line beyond MAX_LINE comes only the beginning, so that no line can take all memory; it is refused later.

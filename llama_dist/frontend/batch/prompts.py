@@ -47,7 +47,8 @@ class Encoder:
             raise RequestError("prompt is empty, must have at least 1 token", "prompt")
         if len(prompt) > self.max_seq_len:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens, more than --max_seq_len {self.max_seq_len}; shorten it or raise that",
+                f"the prompt has {len(prompt)} tokens, more than max_seq_len {self.max_seq_len}; "
+                "shorten it or raise --max_seq_len",
                 "prompt_length",
             )
 
@@ -57,7 +58,9 @@ def _message(at: int, message: Any) -> Message:
         raise values.wrong(f"messages[{at}]", message, "an object with role and content")
     for name, value in message.items():
         if name not in ("role", "content", "name") and value is not None:
-            raise RequestError(f"messages[{at}].{name[:60]} is not supported; a message has role and content", "messages")
+            raise RequestError(
+                f"messages[{at}].{name[:60]} is not supported; a message has role and content", "messages"
+            )
     role = values.text(f"messages[{at}].role", message.get("role"))
     return {"role": "system" if role == "developer" else role, "content": _content(at, message.get("content"))}
 

@@ -69,7 +69,9 @@ def token_ids(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
         raise wrong(name, value, "a list of token ids")
     for item in value:
         if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < vocab_size:
-            raise RequestError(f"{name} has {str(item)[:40]!r}, a token id is a whole number from 0 to {vocab_size - 1}", name)
+            raise RequestError(
+                f"{name} has {str(item)[:40]!r}, a token id is a whole number from 0 to {vocab_size - 1}", name
+            )
     return tuple(value)
 
 

@@ -1,0 +1,185 @@
+"""The `batch` command, from the checked flags to the exit code, the same on every rank."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from llama_dist.engine.session import Checked, check_run, open_session
+from llama_dist.errors import ConfigError
+from llama_dist.frontend.batch.background import Background
+from llama_dist.frontend.batch.blocks import pack_survey, unpack_survey
+from llama_dist.frontend.batch.drain import Drain, seconds_left
+from llama_dist.frontend.batch.job import Job, conclude, is_stream, open_job, output_path
+from llama_dist.frontend.batch.prompts import Encoder
+from llama_dist.frontend.batch.records import Found
+from llama_dist.frontend.batch.results import Names
+from llama_dist.frontend.batch.serving import Served, Share, serve_share
+from llama_dist.frontend.batch.status import TRY_AGAIN, monitor_of, note_end, status_path
+from llama_dist.frontend.inbox import next_message
+from llama_dist.frontend.monitor import Monitor
+from llama_dist.frontend.options import BatchOptions
+from llama_dist.frontend.report import check_report
+from llama_dist.parallel.launch import read_launch
+from llama_dist.parallel.world import World, join, leave, model_parallel_size
+from llama_dist.text.chat import pick_chat_format
+
+EARLY_BYTES = 2**30
+"""Files up to here are read before the ranks meet, so that a refusal ends the job at once; reading more could take
+longer than the others wait, so it is done while they are kept in touch."""
+
+
+@dataclass
+class Start:
+    """What a rank has when the work begins. `job`: rank 0's, None elsewhere and until the input has been read."""
+
+    options: BatchOptions
+    checked: Checked
+    encoder: Encoder
+    job: Job | None
+    left: float | None
+    at: float = field(default_factory=time.monotonic)
+    copy: IO[bytes] | None = None
+    """What came from the pipe."""
+
+    def drain(self, world: World) -> Drain:
+        left = None if self.left is None else max(0.0, self.left - (time.monotonic() - self.at))
+        return Drain(world.watch.draining, left, self.options.grace)
+
+
+def prepare(options: BatchOptions) -> Callable[[], int]:
+    """Check flags, checkpoint, input and what stands of the output; the work comes back. Rank 0 reads all input."""
+    launch = read_launch()
+    left = seconds_left(options.deadline, options.grace)
+    output_path(options)
+    if options.report is not None:
+        check_report(Path(options.report))
+    # Only rank 0 needs the files for sure, but its neighbours can see too that one is missing, and end with it.
+    streamed = is_stream(options.input_file) if launch.rank == launch.local_rank else options.input_file == "-"
+    if model_parallel_size(options.run, launch) < launch.size and (streamed or options.output_file == "-"):
+        raise ConfigError("- and pipes serve one copy of the model only; with replicas give files")
+    checked = check_run(options.run)
+    encoder = make_encoder(options, checked)
+    job = None
+    if launch.rank == 0 and not streamed and (launch.size == 1 or _n_bytes(options) <= EARLY_BYTES):
+        job = open_job(options, checked, encoder, Path(options.input_file).resolve())
+    return functools.partial(run, Start(options, checked, encoder, job, left))
+
+
+def _n_bytes(options: BatchOptions) -> int:
+    """Bytes of the input and of what stands of the output, all of which are read before the job begins."""
+    paths = [Path(options.input_file), Path(options.output_file)]
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def make_encoder(options: BatchOptions, checked: Checked) -> Encoder:
+    """How prompts become ids; a checkpoint without a chat format can still complete texts."""
+    config = checked.reader.config
+    chat_format, no_chat = None, ""
+    try:
+        chat_format = pick_chat_format(checked.tokenizer, config.family, options.run.chat_format)
+    except ConfigError as err:
+        if options.run.chat_format is not None:
+            raise
+        no_chat = str(err)
+    return Encoder(checked.tokenizer, config.vocab_size, checked.max_seq_len, chat_format, no_chat)
+
+
+def run(start: Start) -> int:
+    """Load, serve the lines that are to be done, bring the output to its end. Every rank calls it alike."""
+    options = start.options
+    world = join(options.run)
+    world.watch.drain_on_signals()
+    plan = next_message(world, _planner(start, world))
+    if "finished" not in plan:  # told to stop before the pipe's end
+        leave(world)
+        return TRY_AGAIN
+    path = output_path(options)
+    monitor = monitor_of(options, start.job) if start.job is not None else None
+    world.watch.at_finish(lambda message, code: note_end(monitor, status_path(path), message, code))
+    served = Served(0, True)
+    if not plan["finished"]:
+        session = open_session(options.run, start.checked)
+        served = serve_share(session, _share(start, plan, path), start.encoder, start.drain(world), monitor)
+    complete = _conclude(start, world, served, monitor)
+    if monitor is not None:
+        monitor.close("completed" if complete else "preempted")
+    if start.job is not None and start.job.lock is not None:
+        start.job.lock.release()
+    leave(world)
+    return served.exit_code or (0 if complete else TRY_AGAIN)
+
+
+def _planner(start: Start, world: World) -> Callable[[], dict[str, Any] | None]:
+    """On rank 0, what tells the others of the job. A pipe is copied to a file first, so that it can be read twice."""
+    opening: Background[Job] | None = None
+
+    def poll() -> dict[str, Any] | None:
+        nonlocal opening
+        if start.job is None:
+            opening = opening or Background(lambda: _open_late(start))
+            start.job = opening.poll()
+            if start.job is None:
+                return {"stop": True} if world.watch.draining.is_set() else None
+        job = start.job
+        return {
+            "finished": job.done == job.total,
+            "names": [job.names.job, job.names.model],
+            "survey": pack_survey(job.survey) if world.n_replicas > 1 else None,
+        }
+
+    return poll
+
+
+def _open_late(start: Start) -> Job:
+    name = start.options.input_file
+    if not is_stream(name):
+        return open_job(start.options, start.checked, start.encoder, Path(name).resolve())
+    # Without a name, so that nothing is left of it however the process ends.
+    start.copy = copy = tempfile.TemporaryFile(prefix="llama_dist-")  # noqa: SIM115 (it stays open)
+    with open(sys.stdin.fileno() if name == "-" else name, "rb", closefd=name != "-") as source:
+        shutil.copyfileobj(source, copy)
+    copy.flush()
+    return open_job(start.options, start.checked, start.encoder, Path(f"/proc/self/fd/{copy.fileno()}"))
+
+
+def _share(start: Start, plan: dict[str, Any], path: Path | None) -> Share | None:
+    """This rank's view of the lines to be done; None on ranks that neither read nor write."""
+    names = Names(*plan["names"])
+    if start.job is not None:
+        return Share(start.job.survey, names, path)
+    if plan["survey"] is None:
+        return None
+    return Share(unpack_survey(plan["survey"], Path(os.path.realpath(start.options.input_file))), names, path)
+
+
+def _conclude(start: Start, world: World, served: Served, monitor: Monitor | None) -> bool:
+    """Bring the output to its end on rank 0, which may take a while; whether every line has its record, everywhere."""
+    job = start.job
+    ending: Background[tuple[bool, Found | None]] | None = None
+
+    def poll() -> dict[str, bool] | None:
+        nonlocal ending
+        assert job is not None
+        if job.output is None:
+            return {"complete": served.complete and not served.exit_code}
+        output = job.output
+        ending = ending or Background(lambda: conclude(output, job.survey, start.options.ordered, served.complete))
+        ended = ending.poll()
+        if ended is None:
+            return None
+        complete, stock = ended
+        if stock is not None and monitor is not None:  # with what the other replicas did
+            monitor.started_done = stock.done - monitor.tally.done
+            monitor.started_failed = stock.failed - monitor.tally.failed
+        return {"complete": complete}
+
+    return bool(next_message(world, poll)["complete"])

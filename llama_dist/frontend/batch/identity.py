@@ -1,0 +1,123 @@
+"""A job's fingerprint: what its results depend on. A resume with another one would mix two jobs in one file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_dist import __version__
+from llama_dist.checkpoint.reader import Reader
+from llama_dist.engine.session import Checked
+from llama_dist.errors import ConfigError
+from llama_dist.frontend.batch.outfile import replace_with
+from llama_dist.frontend.batch.prompts import Encoder
+from llama_dist.frontend.batch.survey import Survey
+from llama_dist.text.tokenizer import PieceTokenizer
+
+Fingerprint = dict[str, Any]
+"""Names of what results depend on, and what each is in this job; JSON values."""
+
+
+def checkpoint_digest(reader: Reader) -> str:
+    """The model's config, every tensor's shape and dtype, and the values of one row of each, as 32 hex digits.
+
+    Neither a file's name nor its time plays a part: a checkpoint may be moved between two runs of a job.
+    """
+    digest = hashlib.blake2b(repr(reader.config).encode(), digest_size=16)
+    for name, info in sorted(reader.tensors.items()):
+        digest.update(f"{name} {info.shape} {info.dtype}".encode())
+        row = info.shape[0] // 2
+        for piece in reader.read(name, 0, row, row + 1):
+            digest.update(piece.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_digest(encoder: Encoder) -> str:
+    """The vocabulary, the control tokens and the chat template, as 32 hex digits."""
+    tokenizer = encoder.tokenizer
+    assert isinstance(tokenizer, PieceTokenizer), "every tokenizer of load_tokenizer and tokenizer_from_gguf is one"
+    digest = hashlib.blake2b(b"\0".join(tokenizer.pieces), digest_size=16)
+    special = sorted(tokenizer.special.items())
+    stop = sorted(tokenizer.stop_ids)
+    digest.update(repr((special, stop, tokenizer.add_bos, tokenizer.chat_template)).encode("utf-8", "surrogatepass"))
+    digest.update(repr(tokenizer.encode("Déjà  vu,\n1234 it's\t中文 🙂", bos=True, eos=True)).encode())
+    return digest.hexdigest()
+
+
+def fingerprint(checked: Checked, encoder: Encoder, seed: int, found: Survey) -> Fingerprint:
+    return {
+        "input": {"blake2b": found.digest, "bytes": found.n_bytes, "lines": found.n_lines},
+        "checkpoint": checkpoint_digest(checked.reader),
+        "tokenizer": tokenizer_digest(encoder),
+        "--seed": seed,
+        "--max_seq_len": encoder.max_seq_len,
+        "--dtype": str(checked.dtype).removeprefix("torch."),
+        "--chat_format": encoder.chat_format,
+        "version of llama_dist": __version__,
+        "version of torch": torch.__version__,
+    }
+
+
+def job_id(mine: Fingerprint) -> str:
+    """16 hex digits of what was asked; the versions play no part."""
+    asked = {name: value for name, value in mine.items() if not name.startswith("version")}
+    return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def changes(mine: Fingerprint, before: Mapping[str, Any]) -> list[str]:
+    """What differs from an earlier run, a phrase each."""
+    found = []
+    for name, value in mine.items():
+        old = before.get(name)
+        if old == value:
+            continue
+        if isinstance(value, dict):
+            counts = f"{value['lines']} lines, {value['bytes']} bytes"
+            earlier = f"{old.get('lines')} lines, {old.get('bytes')} bytes" if isinstance(old, dict) else "unknown"
+            same = "the same size but another content" if counts == earlier else f"{counts}, was {earlier}"
+            found.append(f"the input ({same})")
+        elif name in ("checkpoint", "tokenizer"):
+            found.append(f"the {name}")
+        else:
+            found.append(f"{name} ({value}, was {old})")
+    return found
+
+
+def fingerprint_path(output: Path) -> Path:
+    return output.with_name(output.name + ".job.json")
+
+
+def read_before(output: Path) -> dict[str, Any] | None:
+    """The fingerprint and model name of the run before, None where there is none. ConfigError for a damaged file."""
+    path = fingerprint_path(output)
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as err:
+        raise ConfigError(
+            f"{path} cannot be read ({' '.join(str(err).split())[:100]}); remove it and give --force"
+        ) from None
+    if (
+        not isinstance(data, dict)
+        or not isinstance(data.get("fingerprint"), dict)
+        or not isinstance(data.get("model"), str)
+    ):
+        raise ConfigError(f"{path} is no file of a batch job; remove it and give --force")
+    return data
+
+
+def write_fingerprint(output: Path, mine: Fingerprint, model: str) -> None:
+    data = json.dumps({"job": job_id(mine), "model": model, "fingerprint": mine}, indent=2)
+    replace_with(fingerprint_path(output), [data.encode() + b"\n"])
+
+
+def model_name(ckpt_dir: str) -> str:
+    """What results call the model where a request does not say."""
+    return os.path.basename(os.path.realpath(ckpt_dir)).removesuffix(".gguf")

@@ -1,0 +1,88 @@
+"""The notice board of a job, kept in the store: heartbeats, who left in order, the first error, the wish to drain.
+
+The store may die or freeze with the rank that keeps it, so every question has its time and an answer for silence. It is
+asked over a connection of its own, by the watch's thread and at the end of a rank, never beside a collective.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+log = logging.getLogger("llama_dist")
+
+ANSWER = 2.0  # seconds a question may take; after one that took longer the store is not asked again
+T = TypeVar("T")
+
+
+class Board:
+    """This rank's view of the board. `frozen`: the store did not answer in time."""
+
+    def __init__(self, store: Store, rank: int) -> None:
+        self._store: Any = store.clone()  # type: ignore[attr-defined]
+        self._store.set_timeout(timedelta(seconds=ANSWER))
+        self._rank = rank
+        self._beats: dict[int, tuple[int, float]] = {}
+        self.frozen = False
+
+    def _ask(self, question: Callable[[Any], T], otherwise: T) -> T:
+        if self.frozen:
+            return otherwise
+        answers: list[T] = []
+
+        def ask() -> None:
+            try:
+                answers.append(question(self._store))
+            except RuntimeError as err:  # the store is gone; whose death that was is noticed by pidfd or collective
+                log.debug("store: %s", err)
+
+        asker = threading.Thread(target=ask, daemon=True)
+        asker.start()
+        asker.join(ANSWER)
+        self.frozen = asker.is_alive()
+        return answers[0] if answers else otherwise
+
+    def beat(self) -> None:
+        """This rank lives."""
+        self._ask(lambda store: store.add(f"beat/{self._rank}", 1), 0)
+
+    def silence(self, rank: int) -> float:
+        """Seconds since the heartbeat of `rank` was last seen to move; 0 when first asked, or when nobody knows."""
+        now = time.monotonic()
+        count = self._ask(lambda store: store.add(f"beat/{rank}", 0), -1)
+        seen, when = self._beats.get(rank, (-1, now))
+        if count != seen:
+            self._beats[rank] = (count, now)
+            return 0.0
+        return now - when
+
+    def leave(self) -> None:
+        """This rank ends in order: its death means nothing."""
+        self._ask(lambda store: store.set(f"left/{self._rank}", ""), None)
+
+    def has_left(self, rank: int) -> bool:
+        return self._ask(lambda store: bool(store.check([f"left/{rank}"])), False)
+
+    def post(self, message: str) -> bool | None:
+        """Put up this rank's error. True: it is the job's first. None: the store is gone."""
+        mine = json.dumps({"rank": self._rank, "message": message})
+        return self._ask(lambda store: bool(store.compare_set("error", "", mine) == mine.encode()), None)
+
+    def report(self) -> str | None:
+        """The error another rank put up."""
+        text = self._ask(lambda store: store.get("error") if store.check(["error"]) else None, None)
+        found = json.loads(text) if text else {"rank": self._rank}
+        return None if found["rank"] == self._rank else f"rank {found['rank']}: {found['message']}"
+
+    def ask_to_drain(self) -> None:
+        self._ask(lambda store: store.set("drain", ""), None)
+
+    def is_to_drain(self) -> bool:
+        return self._ask(lambda store: bool(store.check(["drain"])), False)

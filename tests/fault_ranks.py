@@ -1,0 +1,123 @@
+"""Ranks of a real command line, as processes, with a fault planted in one of them at a tick."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.spmd import PRELOAD, free_port, rank_env
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens on `rank` when it comes to `tick`: kill, stop, raise, memory, other, term, or full from the start."""
+
+    kind: str
+    rank: int
+    tick: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the ranks ended: exit codes (negative: the signal), what they wrote to stderr, seconds from fault to end."""
+
+    codes: list[int | None]
+    log: str
+    seconds: float
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.log.splitlines() if line.startswith("llama_dist: error:")]
+
+
+def _plant(fault: Fault, mark: Path) -> None:
+    from llama_dist.engine.engine import Engine
+    from llama_dist.frontend.batch import desk
+
+    desk.FLUSH_SECONDS = 0.0
+    if fault.kind == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault.tick, resource.RLIM_INFINITY))
+        mark.touch()
+        return
+    step, choose = Engine.step, Engine._choose
+
+    def act() -> None:
+        mark.touch()
+        if fault.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif fault.kind == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif fault.kind == "raise":
+            raise ValueError("the cat sat on the keyboard")
+        elif fault.kind == "memory":
+            raise MemoryError("no more of it")
+        elif fault.kind == "term":  # while the main thread is in the next collective, waiting for rank 0
+            threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+
+    def faulty_step(self: Engine, *args: Any) -> Any:
+        if self.ticks == fault.tick and fault.kind != "other":
+            act()
+        if fault.kind == "term":
+            time.sleep(0.01)
+        return step(self, *args)
+
+    def other_token(self: Engine, *args: Any) -> int:
+        token = choose(self, *args)
+        if self.ticks == fault.tick:
+            mark.touch()
+            return (token + 1) % 200
+        return token
+
+    Engine.step = faulty_step  # type: ignore[method-assign]
+    if fault.kind == "other":
+        Engine._choose = other_token  # type: ignore[method-assign]
+
+
+def _rank(env: dict[str, str], argv: Sequence[str], fault: Fault | None, log: str, mark: str) -> None:
+    os.environ.update(env)
+    out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    import torch
+
+    from llama_dist.__main__ import main
+
+    torch.set_num_threads(1)
+    if fault is not None and int(env["RANK"]) == fault.rank:
+        _plant(fault, Path(mark))
+    code = main(argv)
+    os._exit(code)
+
+
+def run_command(world: int, argv: Sequence[str], folder: Path, fault: Fault | None = None, within: float = 90) -> Ended:
+    """`python -m llama_dist ARGV` on `world` ranks until all have ended, a stopped one excepted, which is then killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOAD, "llama_dist.frontend.batch.command"])
+    log, mark, port = folder / "log", folder / "mark", free_port()
+    for path in (log, mark):
+        path.unlink(missing_ok=True)
+    ranks = []
+    for rank in range(world):
+        args = (rank_env(rank, world, port), argv, fault, str(log), str(mark))
+        ranks.append(context.Process(target=_rank, args=args))
+        ranks[-1].start()
+    began, struck = time.monotonic(), None
+    stopped = fault.rank if fault is not None and fault.kind == "stop" else None
+    while any(p.is_alive() for i, p in enumerate(ranks) if i != stopped):
+        struck = struck or (time.monotonic() if mark.exists() else None)
+        assert time.monotonic() - began < within, f"still running after {within} s:\n{log.read_text()}"
+        time.sleep(0.01)
+    seconds = time.monotonic() - (struck or began)
+    for p in ranks:
+        if p.is_alive():
+            p.kill()
+        p.join()
+    return Ended([p.exitcode for p in ranks], log.read_text() if log.exists() else "", seconds)
