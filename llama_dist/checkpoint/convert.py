@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +47,7 @@ def convert(
     dtype: torch.dtype | None = None,
     tokenizer_files: Sequence[Path] = (),
     *,
+    made_files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = False,
 ) -> None:
@@ -54,7 +55,8 @@ def convert(
 
     `fmt` "meta": `mp_size` files consolidated.NN.pth and params.json, tied embeddings written out; "hf": safetensors
     of at most `max_shard_bytes` bytes each, config.json and generation_config.json. `dtype` None keeps what is stored;
-    quantised tensors become float32. `tokenizer_files` are copied along. `progress` shows a bar on a terminal.
+    quantised tensors become float32. `tokenizer_files` are copied along, `made_files` written by their names.
+    `progress` shows a bar on a terminal.
 
     The directory appears under its name only when it is whole: it is made beside it as `.NAME.partial-PID`.
     Raises ConfigError for what cannot be asked, CheckpointError for what cannot be read or written.
@@ -76,6 +78,9 @@ def convert(
                         f"{file} cannot be copied along: the converted checkpoint has its own {file.name}"
                     )
                 shutil.copyfile(file, partial / file.name)
+            for name, data in (made_files or {}).items():
+                with open(partial / name, "xb") as made:
+                    made.write(data)
             os.replace(partial, out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

@@ -14,6 +14,7 @@ import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -62,6 +63,17 @@ def read_gguf_header(file: File) -> Header:
         raise CheckpointError(f"{file.path} is not a GGUF file: it does not begin with GGUF, or is truncated")
     with open(file.path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as memory:
         return _Scanner(file, memory).header()
+
+
+def read_metadata(path: Path) -> dict[str, Any] | None:
+    """The metadata of the GGUF at `path`, None if that is no file that begins as one. CheckpointError if damaged."""
+    if not path.is_file():
+        return None
+    file = File(path)
+    try:
+        return read_gguf_header(file).metadata if file.size >= 4 and file.read(0, 4) == b"GGUF" else None
+    finally:
+        file.close()
 
 
 class _Scanner:

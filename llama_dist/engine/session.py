@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from llama_dist import __version__
+from llama_dist.checkpoint.gguf_header import read_metadata
 from llama_dist.checkpoint.load import load
 from llama_dist.checkpoint.open import open_checkpoint
 from llama_dist.checkpoint.reader import Reader
@@ -59,9 +60,10 @@ class Session:
 
 
 def read_tokenizer(run: RunConfig, reader: Reader) -> Tokenizer:
-    """`--tokenizer_path` if given, else what lies in the checkpoint directory, else a GGUF's own."""
+    """`--tokenizer_path` (a GGUF too) if given, else what lies in the checkpoint directory, else a GGUF's own."""
     if run.tokenizer_path is not None:
-        return load_tokenizer(run.tokenizer_path)
+        metadata = read_metadata(Path(run.tokenizer_path))
+        return load_tokenizer(run.tokenizer_path) if metadata is None else tokenizer_from_gguf(metadata)
     directory = Path(run.ckpt_dir)
     found = find_tokenizer(directory) if directory.is_dir() else None
     if found is None and reader.metadata:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from llama_dist.errors import CheckpointError
@@ -16,56 +17,81 @@ _T = TypeVar("_T")
 _WHERE = "GGUF metadata"
 
 
+@dataclass(frozen=True)
+class BytePairs:
+    """A `gpt2` vocabulary: control tokens, what plain text can become, its merges in order, and how text is cut.
+
+    `words` are the added tokens among the `usable` ones: they are matched whole, before anything is cut.
+    """
+
+    tokens: list[str]
+    types: list[int]
+    special: dict[str, int]
+    usable: dict[str, int]
+    words: list[str]
+    merges: list[tuple[str, str]]
+    pre: PreTokenizer
+
+
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> PieceTokenizer:
     """The tokenizer that `tokenizer.ggml.*` describe; values are plain numbers, strings, booleans and lists.
 
     CheckpointError if a key is missing, of the wrong type or length, or names a kind or a pre-tokenizer that is not
     supported.
     """
+    vocabulary = read_vocabulary(metadata)
+    if isinstance(vocabulary, BytePairs):
+        return _byte_level(metadata, vocabulary)
+    return _sentencepiece(metadata, vocabulary)
+
+
+def read_vocabulary(metadata: Mapping[str, Any]) -> BytePairs | SpmModel:
+    """The vocabulary that `tokenizer.ggml.*` describe, as its kind has it. CheckpointError as above."""
     model = _get(metadata, "tokenizer.ggml.model", str)
     tokens = _texts(metadata, "tokenizer.ggml.tokens")
     types = _types(metadata, tokens)
     if model == "gpt2":
-        return _byte_level(metadata, tokens, types)
+        return _byte_pairs(metadata, tokens, types)
     if model == "llama":
-        return _sentencepiece(metadata, tokens, types)
+        return _spm_model(metadata, tokens, types)
     raise CheckpointError(f"{_WHERE}: tokenizer.ggml.model is {model!r}, only 'gpt2' and 'llama' are supported")
 
 
-def _byte_level(metadata: Mapping[str, Any], tokens: Sequence[str], types: list[int]) -> PieceTokenizer:
+def _byte_pairs(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> BytePairs:
     name = _get(metadata, "tokenizer.ggml.pre", str) if "tokenizer.ggml.pre" in metadata else "default"
     if name not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
         raise CheckpointError(f"{_WHERE}: tokenizer.ggml.pre is {name!r}, known are {known}")
-    pre = PRE_TOKENIZERS[name]
     special = _special(tokens, types)
-    visible = [t for t, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
+    usable = {
+        text: i
+        for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (NORMAL, USER_DEFINED) and text not in special
+    }
+    words = [text for text, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED and text in usable]
+    return BytePairs(tokens, types, special, usable, words, _merges(metadata, usable), PRE_TOKENIZERS[name])
+
+
+def _byte_level(metadata: Mapping[str, Any], vocabulary: BytePairs) -> PieceTokenizer:
+    tokens, types = vocabulary.tokens, vocabulary.types
     pieces = byte_level_pieces(tokens)
     for i, (text, kind) in enumerate(zip(tokens, types, strict=True)):
         if kind == USER_DEFINED:
             pieces[i] = text.encode("utf-8", "replace")
         elif kind != NORMAL:
             pieces[i] = b""
-    usable = {
-        text: i
-        for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (NORMAL, USER_DEFINED) and text not in special
-    }
-    merges = _merges(metadata, usable)
-    words = [text for text in visible if text in usable]
-    encode_text = _bpe(usable, merges, words, pre)
-    return _finish(metadata, tokens, special, encode_text, pieces, pre.add_bos)
+    return _finish(metadata, tokens, vocabulary.special, _bpe(vocabulary), pieces, vocabulary.pre.add_bos)
 
 
-def _bpe(
-    vocab: dict[str, int], merges: list[tuple[str, str]], words: list[str], pre: PreTokenizer
-) -> Callable[[str], list[int]]:
-    """A byte-level BPE encoder. No control token is in `vocab`, so none can come out. `words` are matched whole."""
+def _bpe(vocabulary: BytePairs) -> Callable[[str], list[int]]:
+    """A byte-level BPE encoder. No control token is among the `usable` ones, so none can come out."""
     import tokenizers
     from tokenizers import models, normalizers, pre_tokenizers
 
+    pre = vocabulary.pre
     try:
-        tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.whole_words))
+        model = models.BPE(vocabulary.usable, vocabulary.merges, ignore_merges=pre.whole_words)
+        tokenizer = tokenizers.Tokenizer(model)
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{_WHERE}: tokenizer.ggml.merges do not fit the tokens: {str(error)[:100]}") from None
     if pre.nfc:
@@ -73,7 +99,7 @@ def _bpe(
     cuts = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in pre.patterns]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
-    tokenizer.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
+    tokenizer.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in vocabulary.words])
 
     def encode(s: str) -> list[int]:
         ids: list[int] = tokenizer.encode(s, add_special_tokens=False).ids
@@ -82,19 +108,27 @@ def _bpe(
     return encode
 
 
-def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: list[int]) -> PieceTokenizer:
+def _spm_model(metadata: Mapping[str, Any], tokens: list[str], types: list[int]) -> SpmModel:
     scores = _list(metadata, "tokenizer.ggml.scores")
     if len(scores) != len(tokens) or not all(isinstance(score, float | int) for score in scores):
         raise CheckpointError(f"{_WHERE}: tokenizer.ggml.scores must be {len(tokens)} numbers, one a token")
     unknown = _id(metadata, "unknown_token_id", tokens)
     types[0 if unknown is None else unknown] = UNKNOWN
-    special = _special(tokens, types)
-    # Tags such as <think> are control tokens to the encoder, but shown.
-    model = SpmModel(
+    bos, eos, pad = (_id(metadata, f"{name}_token_id", tokens) for name in ("bos", "eos", "padding"))
+    return SpmModel(
         [Piece(text, float(score), kind) for text, score, kind in zip(tokens, scores, types, strict=True)],
         dummy_prefix=_flag(metadata, "add_space_prefix", True),
         remove_extra_space=_flag(metadata, "remove_extra_whitespaces", False),
+        bos_id=-1 if bos is None else bos,
+        eos_id=-1 if eos is None else eos,
+        pad_id=-1 if pad is None else pad,
     )
+
+
+def _sentencepiece(metadata: Mapping[str, Any], model: SpmModel) -> PieceTokenizer:
+    tokens = [piece.text for piece in model.pieces]
+    # Tags such as <think> are control tokens to the encoder, but shown.
+    special = _special(tokens, [piece.type for piece in model.pieces])
     vocabulary = open_model(write_model(model), model, _WHERE)
     tokenizer = _finish(metadata, tokens, special, vocabulary.encode_text, vocabulary.pieces, True)
     tokenizer.spaced, tokenizer.each_byte = vocabulary.spaced, True

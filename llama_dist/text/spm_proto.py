@@ -16,6 +16,7 @@ from llama_dist.errors import CheckpointError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _MODEL_TYPE, _BYTE_FALLBACK, _UNK_ID, _BOS_ID, _EOS_ID, _PAD_ID, _UNK_SURFACE = 3, 35, 40, 41, 42, 43, 44
+_UNK_PIECE, _BOS_PIECE, _EOS_PIECE, _PAD_PIECE = 45, 46, 47, 48
 _BPE = 2
 _NAME, _DUMMY_PREFIX, _REMOVE_EXTRA_SPACE, _ESCAPE_SPACE = 1, 3, 4, 5
 
@@ -30,12 +31,18 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class SpmModel:
-    """A ModelProto: its pieces in the order of their ids and the settings that decoding needs."""
+    """A ModelProto: its pieces in the order of their ids and the settings that decoding needs.
+
+    The ids of <s>, </s> and <pad>, -1 for none, are written but not read: the library finds them by their texts.
+    """
 
     pieces: list[Piece]
     dummy_prefix: bool = True
     remove_extra_space: bool = True
     unk_surface: str = " \u2047 "
+    bos_id: int = -1
+    eos_id: int = -1
+    pad_id: int = -1
 
 
 def read_model(data: bytes, where: str) -> SpmModel:
@@ -76,9 +83,11 @@ def write_model(model: SpmModel) -> bytes:
     fallback = any(piece.type == BYTE for piece in model.pieces)
     trainer = _number(_MODEL_TYPE, _BPE) + _number(_BYTE_FALLBACK, fallback)
     unknown = next(i for i, piece in enumerate(model.pieces) if piece.type == UNKNOWN)
-    # <s>, </s> and <pad> are optional, and whoever writes a model knows their ids already.
-    for field, at in ((_UNK_ID, unknown), (_BOS_ID, -1), (_EOS_ID, -1), (_PAD_ID, -1)):
-        trainer += _number(field, at % (1 << 64))
+    named = ((_UNK_ID, _UNK_PIECE, unknown), (_BOS_ID, _BOS_PIECE, model.bos_id), (_EOS_ID, _EOS_PIECE, model.eos_id))
+    for field, text_field, at in (*named, (_PAD_ID, _PAD_PIECE, model.pad_id)):
+        # A role that no piece has is given to the unknown one, which the library takes for none; "" would be <s>.
+        text = model.pieces[at if at >= 0 else unknown].text
+        trainer += _number(field, at % (1 << 64)) + _bytes(text_field, text.encode())
     normalizer = _bytes(_NAME, b"identity") + _number(_DUMMY_PREFIX, model.dummy_prefix)
     normalizer += _number(_REMOVE_EXTRA_SPACE, model.remove_extra_space) + _number(_ESCAPE_SPACE, 1)
     return _write_pieces(model.pieces) + _bytes(_TRAINER, trainer) + _bytes(_NORMALIZER, normalizer)
