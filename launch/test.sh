@@ -11,4 +11,5 @@ cd "$root"
 "$python" -m ruff check llama_dist tests launch
 "$python" -m ruff format --check -q llama_dist tests launch
 "$python" -m mypy
-exec "$python" -m pytest "$@"
+# A file stays on one worker: its tests share what is costly to make.
+exec "$python" -m pytest -n 2 --dist loadfile "$@"

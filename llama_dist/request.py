@@ -24,8 +24,8 @@ class SamplingParams:
       or answer.
     - `logit_bias`: (id, -100 to 100) added. `allowed_token_ids`: nothing else is drawn. `bad_words`: token sequences
       whose last token is not drawn after the others.
-    - `stop`: strings that end the answer and are no part of it. `stop_token_ids` likewise. `ignore_eos`: the model's own
-      stop ids are tokens like others.
+    - `stop`: strings that end the answer and are no part of it. `stop_token_ids` likewise. `ignore_eos`: the model's
+      own stop ids are tokens like others.
     - `logprobs`: report each token's; `top_logprobs` 0 to 20: the likeliest alternatives too. `echo`: the answer begins
       with the prompt, scored too where `logprobs`. `prompt_logprobs`: the same scores without the echo.
     - `seed` None: derived from the run's seed and the request's id.
@@ -171,8 +171,8 @@ TopLogprobs = tuple[tuple[int, float], ...]
 class Completion:
     """A finished answer: its tokens, without the stop token that ended it.
 
-    With `echo`, `token_ids`, `logprobs` and `top_logprobs` begin with the prompt, whose first token has logprob 0.0 and no
-    alternatives. Logprobs are natural logs of the unscaled model distribution (no temperature, no filters). A stop
+    With `echo`, `token_ids`, `logprobs` and `top_logprobs` begin with the prompt, whose first token has logprob 0.0 and
+    no alternatives. Logprobs are natural logs of the unscaled model distribution (no temperature, no filters). A stop
     string is cut off the text by `text_len`: the characters of the decoded answer that stand. `cached_tokens`: prompt
     tokens found in the prefix cache. `error`: why the request failed, with finish_reason "error".
     """

@@ -18,7 +18,7 @@ from tests.spmd import PRELOAD, free_port, rank_env
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens on `rank` when it comes to `tick`: kill, stop, raise, memory, other, term, or full from the start."""
+    """What happens on `rank` at `tick`: kill, stop, raise, memory, other, term; or full from the start."""
 
     kind: str
     rank: int
@@ -98,7 +98,7 @@ def _rank(env: dict[str, str], argv: Sequence[str], fault: Fault | None, log: st
 
 
 def run_command(world: int, argv: Sequence[str], folder: Path, fault: Fault | None = None, within: float = 90) -> Ended:
-    """`python -m llama_dist ARGV` on `world` ranks until all have ended, a stopped one excepted, which is then killed."""
+    """`python -m llama_dist ARGV` on `world` ranks until all have ended; a stopped one is killed then."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, "llama_dist.frontend.batch.command"])
     log, mark, port = folder / "log", folder / "mark", free_port()

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEAST = {
     "generate": ["--ckpt_dir", "x", "--prompt", "hi"],
     "chat": ["--ckpt_dir", "x"],
+    "batch": ["--ckpt_dir", "x", "--input_file", __file__, "--output_file", "o"],
     "inspect": ["--ckpt_dir", "x"],
     "plan": ["--ckpt_dir", "x", "--gpus", "2", "--gpu_memory", "80GB"],
     "convert": ["--ckpt_dir", "x", "--out_dir", "y"],
@@ -92,7 +93,7 @@ def test_a_missing_required_flag_is_named(command: str) -> None:
 @pytest.mark.parametrize(
     ("line", "part"),
     [
-        ("", "no command: choose generate, chat, inspect, plan, convert"),
+        ("", "no command: choose generate, chat, batch, inspect, plan, convert"),
         ("genrate", "no command 'genrate'; did you mean generate?"),
         ("xyzzy", "choose generate, chat"),
         ("--ckpt_dir x", "no command '--ckpt_dir'"),
@@ -216,7 +217,9 @@ def test_plan_takes_lists() -> None:
 
 
 def test_every_field_of_run_and_sampling_has_its_help() -> None:
-    shared = {f.name: f.metadata["names"] for f in dataclasses.fields(cli.COMMANDS["generate"]) if "names" in f.metadata}
+    shared = {
+        f.name: f.metadata["names"] for f in dataclasses.fields(cli.COMMANDS["generate"]) if "names" in f.metadata
+    }
     names = [f.name for f in dataclasses.fields(RunConfig)] + list(shared["sampling"])
     assert {RENAMED.get(name, name) for name in names} == set(SHARED_HELP)
 

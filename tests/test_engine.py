@@ -85,7 +85,7 @@ def test_the_requests_are_mixed(alone: list[tuple[Any, ...]]) -> None:
 
 
 def test_an_ended_sequence_makes_room_at_once(checkpoint: Saver) -> None:
-    """Two slots, a short and a long answer and one waiting: the waiting one starts in the tick after the short one ends."""
+    """Two slots, a short and a long answer, one waiting: it starts in the tick after the short one ends."""
     ticks = run_ranks(1, timeline, str(checkpoint(CASE, "hf")), [3, 12, 5])[0]
     assert [t for t, ids in enumerate(ticks) if "0" in ids] == [0, 1, 2]
     assert [t for t, ids in enumerate(ticks) if "2" in ids] == [3, 4, 5, 6, 7]

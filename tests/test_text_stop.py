@@ -14,7 +14,7 @@ WORDS = st.lists(st.text("ab<é☃", min_size=1, max_size=3), min_size=1, max_si
 
 
 def plain(text_after: list[str], stops: list[str], first: int) -> tuple[int, int] | None:
-    """(number of tokens read, length of the text that stands) at the first token with which a stop string is complete."""
+    """(tokens read, length of the text that stands) at the first token with which a stop string is complete."""
     for n in range(max(1, first), len(text_after) + 1):
         found = [text_after[n - 1].find(s) for s in stops if s in text_after[n - 1]]
         # a stop string that was complete before anyone looked for it does not count

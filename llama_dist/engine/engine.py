@@ -150,7 +150,7 @@ class Engine:
         self.prompt_tokens += max(0, min(work.start + work.length, sequence.prompt_len) - work.start)
 
     def _score(self, answer: Answer, work: Work, hidden: torch.Tensor) -> None:
-        """Logprobs of the prompt tokens that follow this chunk's; recomputed chunks of a preempted prompt add nothing."""
+        """Logprobs of the prompt tokens that follow this chunk's; recomputed ones add nothing."""
         tokens, top = work.sequence.request.prompt, work.sequence.request.params.top_logprobs
         first = max(work.start + 1, len(answer.prompt_scores))
         last = min(work.start + work.length + 1, len(tokens))

@@ -90,7 +90,7 @@ class PageTable:
         return sum(self._references[page] == 0 for page in pages)
 
     def name(self, page: int, key: Key) -> None:
-        """A held page is full and computed: let others find it. Where another page has the key already, that one stays."""
+        """A held page is full and computed: let others find it. If another page has the key already, that one stays."""
         assert self._references[page] > 0, f"page {page} is named but nobody holds it"
         if key not in self._page_of and self._key[page] is None:
             self._page_of[key], self._key[page] = page, key
@@ -114,7 +114,7 @@ class PageTable:
                     self._cached[page] = None
 
     def check(self, held: Sequence[Sequence[int]]) -> None:
-        """Verify that the table and the sequences that hold pages agree; the error shows the sum that does not add up."""
+        """Verify that the table and the sequences holding pages agree; the error shows the sum that does not add up."""
         count = [0] * self.n_pages
         for pages in held:
             assert len(set(pages)) == len(pages), f"a sequence holds a page twice: {pages}"

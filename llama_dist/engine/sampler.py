@@ -1,7 +1,7 @@
 """Drawing the next token. Noise is a hash of (seed, position, token id): no generator, nothing to keep in step.
 
-Filters in order, after penalties and biases (logits.py): temperature, top_k, top_p, min_p. `top_p` keeps the smallest set
-whose mass reaches p: a token stays while the mass before it is at most p (Holtzman et al. 2019, as Llama's
+Filters in order, after penalties and biases (logits.py): temperature, top_k, top_p, min_p. `top_p` keeps the smallest
+set whose mass reaches p: a token stays while the mass before it is at most p (Holtzman et al. 2019, as Llama's
 `sample_top_p` has it); the mass is that of what top_k kept. `min_p` keeps tokens at least that share as likely as the
 likeliest (Nguyen et al. 2024). The draw is the argmax of logits / temperature + Gumbel noise over what is kept, which
 samples the renormalised softmax (Gumbel-max).

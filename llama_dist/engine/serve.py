@@ -14,8 +14,8 @@ from llama_dist.request import Cancel, Completion, Request, Stop
 
 Message = Request | Cancel | Stop
 Inbox = Callable[[bool], Sequence[Message]]
-"""Asked on the replica's first rank once a tick: what has come. Told whether the engine is idle: then it may wait, for a
-second at most, so that the groups stay alive."""
+"""Asked on the replica's first rank once a tick: what has come. Told whether the engine is idle: then it may wait,
+for a second at most, so that the groups stay alive."""
 Outbox = Callable[[list[Completion], EngineStats], None]
 """Told on the replica's first rank after every tick what has ended."""
 

@@ -1,7 +1,8 @@
-"""The pool of keys and values, and the narrow view of a step that the layers see. Who holds which page: engine/pages.py."""
+"""The pool of keys and values, and the narrow view of a step that the layers see. Who holds which page: pages.py."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,9 +29,9 @@ class Span:
 class Batch:
     """The tokens of one forward pass, all spans laid end to end.
 
-    Example with pages of 4: a prompt of 3 tokens in page 2 beside the 6th token of a sequence in pages 0 and 5: positions
-    [0, 1, 2, 5], slots [8, 9, 10, 21]. `lengths` is what rotary scaling may depend on, see rope.py. `places[i]` is
-    where span i reads: the first slot if its sequence lies in one piece, else all its slots.
+    Example with pages of 4: a prompt of 3 tokens in page 2 beside the 6th token of a sequence in pages 0 and 5:
+    positions [0, 1, 2, 5], slots [8, 9, 10, 21]. `lengths` is what rotary scaling may depend on, see rope.py.
+    `places[i]` is where span i reads: the first slot if its sequence lies in one piece, else all its slots.
     """
 
     tokens: torch.Tensor  # [n]
@@ -43,7 +44,7 @@ class Batch:
 
 def _place(span: Span, page_size: int, device: torch.device) -> int | torch.Tensor:
     pages = span.pages[: -(-span.stop // page_size)]
-    if all(b == a + 1 for a, b in zip(pages, pages[1:], strict=False)):
+    if all(b == a + 1 for a, b in itertools.pairwise(pages)):
         return pages[0] * page_size
     slots = torch.tensor(pages)[:, None] * page_size + torch.arange(page_size)
     return slots.flatten()[: span.stop].to(device)
