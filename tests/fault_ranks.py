@@ -18,7 +18,7 @@ from tests.spmd import PRELOAD, free_port, rank_env
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens on `rank` at `tick`: kill, stop, raise, memory, other, term; or full from the start."""
+    """What happens on `rank` at `tick`: kill, stop, raise, memory, other, term, twice; or full from the start."""
 
     kind: str
     rank: int
@@ -61,12 +61,16 @@ def _plant(fault: Fault, mark: Path) -> None:
             raise MemoryError("no more of it")
         elif fault.kind == "term":  # while the main thread is in the next collective, waiting for rank 0
             threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        elif fault.kind == "twice":
+            mark.unlink()
+            threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+            threading.Timer(0.5, lambda: (mark.touch(), os.kill(os.getpid(), signal.SIGTERM))).start()
 
     def faulty_step(self: Engine, *args: Any) -> Any:
         if self.ticks == fault.tick and fault.kind != "other":
             act()
-        if fault.kind == "term":
-            time.sleep(0.01)
+        if fault.kind in ("term", "twice"):
+            time.sleep(0.01 if fault.kind == "term" else 0.05)
         return step(self, *args)
 
     def other_token(self: Engine, *args: Any) -> int:

@@ -12,6 +12,7 @@ from llama_dist.engine.engine import Engine
 from llama_dist.engine.session import Session, check_run, complete, open_session
 from llama_dist.errors import DesyncError, RequestError
 from llama_dist.generation import Llama
+from llama_dist.parallel.launch import read_launch
 from llama_dist.request import Request, SamplingParams
 from llama_dist.text.chat import encode_dialog, pick_chat_format
 
@@ -136,3 +137,18 @@ def load_peak(folder: str) -> tuple[int, int]:
 def _status(key: str) -> int:
     (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{key}:")]
     return int(line.split()[1]) * 1024
+
+
+def other_flags(folders: Sequence[str], **options: Any) -> str:
+    """Rank 1 has another checkpoint, or other flags: what each rank then raises."""
+    rank = read_launch().rank
+    folder = folders[rank % len(folders)]
+    try:
+        open_for(Ask(folder, [], 0, {k: v[rank] for k, v in options.items()}))
+    except DesyncError as err:
+        return str(err)
+    return "no error"
+
+
+def other_seed(folder: str) -> str:
+    return other_flags([folder], seed=[3, 4, 3], max_batch_size=[8, 9, 8])

@@ -174,6 +174,16 @@ def test_sigterm_of_any_rank_drains_the_job(tiny: str, tmp_path: Path, whole: di
     assert set(before) <= set(whole[2]), "a result changed"
 
 
+def test_a_second_sigterm_leaves_within_a_second(tiny: str, tmp_path: Path) -> None:
+    long = [{"custom_id": f"c{i}", "prompt": "to be", "max_tokens": 120, "ignore_eos": True} for i in range(9)]
+    job = Job(tiny, tmp_path, long)
+    ended = job.run(2, Fault("twice", 1, 3))
+    assert ended.codes[1] == 75 and ended.seconds < 1, ended.log
+    assert job.status()["state"] == "preempted"
+    assert job.run(2).codes == [0, 0]
+    assert len(job.results()) == 9
+
+
 def test_the_real_model_killed_and_resumed(tmp_path: Path) -> None:
     source = [
         {"custom_id": f"q{i}", "messages": [{"role": "user", "content": q}], "max_tokens": 12, "temperature": 0}

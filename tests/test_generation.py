@@ -11,7 +11,15 @@ import pytest
 
 from tests import reference
 from tests.conftest import Saver
-from tests.jobs import Ask, answers, llama_calls, one_rank_samples_differently, other_prompts
+from tests.jobs import (
+    Ask,
+    answers,
+    llama_calls,
+    one_rank_samples_differently,
+    other_flags,
+    other_prompts,
+    other_seed,
+)
 from tests.spmd import run_ranks
 
 pytestmark = pytest.mark.spmd
@@ -101,6 +109,15 @@ def test_ranks_given_other_prompts_are_named_everywhere(checkpoint: Saver) -> No
     errors = run_ranks(3, other_prompts, str(checkpoint(CASE, "hf")))
     assert errors[0] == errors[1] == errors[2]
     assert "rank 2" in errors[0] and "requests" in errors[0]
+
+
+def test_ranks_with_other_flags_or_checkpoints_are_refused_at_start(checkpoint: Saver) -> None:
+    errors = run_ranks(3, other_seed, str(checkpoint(CASE, "hf")))
+    assert errors[0] == errors[1] == errors[2]
+    assert "rank 1 has {'max_batch_size': 9, 'seed': 4}, the others {'max_batch_size': 8, 'seed': 3}" in errors[0]
+    folders = [str(checkpoint(case, "hf")) for case in (CASE, "llama-tied", CASE)]
+    (one, two, three) = run_ranks(3, other_flags, folders)
+    assert one == two == three and "rank 1 has {'checkpoint': " in one
 
 
 @pytest.mark.slow

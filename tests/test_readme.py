@@ -23,6 +23,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
+    """In the README's order: some need what those before them made."""
     return [line for block in blocks("sh") for line in block.splitlines() if not line.startswith(NOT_HERE)]
 
 
@@ -61,7 +62,7 @@ def test_a_command_works_as_written(folder: Path, command: str) -> None:
     command = re.sub(r"^llama_dist ", f"{sys.executable} -m llama_dist ", command)
     command = re.sub(r"(^|\| )torchrun ", rf"\1{sys.executable} -m torch.distributed.run ", command)
     out = run(command, folder)
-    assert out.strip() or "convert" in command
+    assert out.strip() or any(word in command for word in ("convert", "batch", "> .cache"))
 
 
 def test_the_python_works_as_written(folder: Path) -> None:

@@ -311,7 +311,7 @@ class Watch:
                     self._last_words(message, code)
                 except Exception as err:  # nothing may keep a failed rank from leaving
                     _say(f"at the end: {err}")
-        if self._keeps_store and self._posted:
+        if self._keeps_store and self._posted and code != EX_TEMPFAIL:
             self._await_others()
         flusher = threading.Thread(target=sys.stdout.flush, daemon=True)
         flusher.start()
