@@ -75,8 +75,8 @@ class RunConfig:
     """One run: which checkpoint, on what, how large. Every command's flags take their defaults from here.
 
     `max_seq_len` (tokens, prompt and answer) None: the model's own maximum, at most 4096.
-    `max_batch_tokens`: tokens computed in one tick, prompts and newest ones together. `kv_cache_memory` in bytes a
-    rank; None: what is left. `prefix_caching`: beginnings that several prompts share are computed once.
+    `max_batch_tokens`: tokens computed in one tick, prompts and newest ones together; None: see `tick_tokens`.
+    `kv_cache_memory` in bytes a rank; None: what is left. `prefix_caching`: beginnings that several prompts share are computed once.
     `model_parallel_size` None: all ranks hold one copy of the model together; smaller than the world: replicas.
     `units` None: 8, or the model-parallel size where that is larger. `timeout` in seconds bounds every collective.
     `check_every`: ticks between two comparisons of what the ranks sampled.
@@ -86,7 +86,7 @@ class RunConfig:
     tokenizer_path: str | None = None
     max_seq_len: int | None = None
     max_batch_size: int = 8
-    max_batch_tokens: int = 2048
+    max_batch_tokens: int | None = None
     kv_cache_memory: int | None = None
     prefix_caching: bool = True
     model_parallel_size: int | None = None
@@ -104,7 +104,7 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} is {value}, must be at least 1")
-        if self.max_batch_tokens < self.max_batch_size:
+        if self.max_batch_tokens is not None and self.max_batch_tokens < self.max_batch_size:
             raise ConfigError(
                 f"--max_batch_tokens is {self.max_batch_tokens}, "
                 f"must be at least --max_batch_size {self.max_batch_size}"
@@ -117,3 +117,8 @@ class RunConfig:
             raise ConfigError(f"--timeout is {self.timeout}, must be more than 0 seconds")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"--seed is {self.seed}, must be from 0 to 2**63 - 1")
+
+    @property
+    def tick_tokens(self) -> int:
+        """Tokens computed in one tick: `max_batch_tokens`, else 2048, or the batch size where that is larger."""
+        return self.max_batch_tokens or max(2048, self.max_batch_size)

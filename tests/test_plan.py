@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llama_dist import __main__, cli
 from llama_dist.checkpoint.open import open_checkpoint
-from llama_dist.config import ModelConfig, RunConfig
+from llama_dist.config import ModelConfig
 from llama_dist.engine.engine import LOGIT_ROWS
 from llama_dist.engine.plan import (
     OVERHEAD,
@@ -47,7 +47,7 @@ GB = 10**9
 
 
 def load(batch: int, length: int) -> Load:
-    return Load(batch, length, RunConfig.max_batch_tokens, LOGIT_ROWS)
+    return Load(batch, length, max(2048, batch), LOGIT_ROWS)
 
 
 @st.composite

@@ -9,7 +9,7 @@ from tests.jobs import Ask, answers, chat_ids
 from tests.spmd import run_ranks
 
 NEW = 64
-QUESTIONS = ["What is the capital of France?", "Explain gravity to a child.", "Tell me a story about a dragon."]
+QUESTIONS = ["Explain gravity to a child.", "Tell me a story about a dragon."]
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,7 @@ def open_session(run: RunConfig, checked: Checked | None = None) -> Session:
     scheduler = Scheduler(
         PageTable(n_pages, PAGE_SIZE),
         run.max_batch_size,
-        run.max_batch_tokens,
+        run.tick_tokens,
         checked.max_seq_len,
         run.prefix_caching and not dynamic,
     )
