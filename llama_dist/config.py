@@ -76,7 +76,8 @@ class RunConfig:
 
     `max_seq_len` (tokens, prompt and answer) None: the model's own maximum, at most 4096.
     `max_batch_tokens`: tokens computed in one tick, prompts and newest ones together; None: see `tick_tokens`.
-    `kv_cache_memory` in bytes a rank; None: what is left. `prefix_caching`: beginnings that several prompts share are computed once.
+    `kv_cache_memory` in bytes a rank; None: what is left. `prefix_caching`: beginnings that several prompts share are
+    computed once.
     `model_parallel_size` None: all ranks hold one copy of the model together; smaller than the world: replicas.
     `units` None: 8, or the model-parallel size where that is larger. `timeout` in seconds bounds every collective.
     `check_every`: ticks between two comparisons of what the ranks sampled.

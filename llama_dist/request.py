@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,11 +15,11 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 class SamplingParams:
     """How one answer is sampled. Defaults are those of Llama 2's `generate`; names and meanings those of vLLM.
 
-    - `temperature` 0 or more; 0 is greedy. `top_p` 0 to 1 keeps the nucleus. `top_k` 0 keeps all. `min_p` 0 to 1 drops
+    - `temperature` 0 (greedy) or from 1e-5. `top_p` 0 to 1 keeps the nucleus. `top_k` 0 keeps all. `min_p` 0 to 1 drops
       tokens less likely than that share of the likeliest one.
     - `max_tokens` None: up to the sequence length. `min_tokens`: no end, of any kind, before so many.
     - `presence_penalty` and `frequency_penalty`, -2 to 2, are taken off the logits of tokens in the answer so far, once
-      and per occurrence; `repetition_penalty`, above 0 to 10, divides (negative: multiplies) those of tokens in prompt
+      and per occurrence; `repetition_penalty`, 0.01 to 10, divides (negative: multiplies) those of tokens in prompt
       or answer.
     - `logit_bias`: (id, -100 to 100) added. `allowed_token_ids`: nothing else is drawn. `bad_words`: token sequences
       whose last token is not drawn after the others.
@@ -55,10 +54,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
             _within(name, getattr(self, name), low, high)
-        if self.repetition_penalty <= 0:
-            raise RequestError(
-                f"repetition_penalty is {self.repetition_penalty}, must be above 0", "repetition_penalty"
-            )
+        if 0 < self.temperature < 1e-5:  # logits divided by it would overflow
+            raise RequestError(f"temperature is {self.temperature}, must be 0 or at least 1e-5", "temperature")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens is {self.min_tokens}, must be at most max_tokens {self.max_tokens}", "min_tokens"
@@ -103,24 +100,24 @@ def _tuples(value: Any) -> Any:
 
 
 _RANGES: tuple[tuple[str, float, float], ...] = (
-    ("temperature", 0, math.inf),
+    ("temperature", 0, 1e6),
     ("top_p", 0, 1),
-    ("max_tokens", 0, math.inf),
+    ("max_tokens", 0, 2**63 - 1),
     ("seed", 0, 2**63 - 1),
-    ("min_tokens", 0, math.inf),
-    ("top_k", 0, math.inf),
+    ("min_tokens", 0, 2**63 - 1),
+    ("top_k", 0, 2**63 - 1),
     ("min_p", 0, 1),
     ("presence_penalty", -2, 2),
     ("frequency_penalty", -2, 2),
-    ("repetition_penalty", 0, 10),
+    ("repetition_penalty", 0.01, 10),
     ("top_logprobs", 0, 20),
 )
 
 
 def _within(name: str, value: float | None, low: float, high: float) -> None:
-    if value is None or (low <= value <= high and math.isfinite(value)):
+    if value is None or low <= value <= high:  # never true of NaN
         return
-    bounds = f"{low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+    bounds = f"{low:g} or more" if high >= 2**63 - 1 else f"from {low:g} to {high:g}"
     raise RequestError(f"{name} is {value}, must be {bounds}", name)
 
 

@@ -107,8 +107,10 @@ def faulty_row(folder: str, stage: str, rank: int) -> dict[str, Any]:
     with torch.no_grad():
         undo = plant(model, stage, session.world.rank == rank)
     faulty = answer_all(engine, prompts)
+    scoring: dict[str, Any] = {"max_tokens": 0, "prompt_logprobs": True}
+    scores = answer_all(engine, [([20] * 10 + [token] + [20] * 10, scoring) for token in (77, 78)])
     undo()
-    return {"healthy": healthy, "faulty": faulty, "after": answer_all(engine, prompts[:1])[0]}
+    return {"healthy": healthy, "faulty": faulty, "scores": scores, "after": answer_all(engine, prompts[:1])[0]}
 
 
 def plant(model: Any, stage: str, here: bool) -> Any:

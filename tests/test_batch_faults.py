@@ -149,6 +149,35 @@ def test_a_stopped_rank_is_named(tiny: str, tmp_path: Path, whole: dict[int, lis
     assert job.results() == whole[2]
 
 
+def test_a_stopped_replica_is_named_though_nobody_waits_for_it(tiny: str, tmp_path: Path) -> None:
+    job = Job(tiny, tmp_path, lines(24), "--model_parallel_size=1")
+    ended = job.run(2, Fault("stop", 1, 4))
+    assert ended.codes[0] == 1 and ended.seconds < TIMEOUT + 5, ended.log
+    assert len(ended.errors) == 1 and re.search(r"rank 1 \(.*\) does not answer", ended.errors[0]), ended.log
+    assert job.run(2).codes == [0, 0]
+    assert len(texts(job.results())) == 24
+
+
+def test_odd_lines_do_not_stop_the_job(tiny: str, tmp_path: Path) -> None:
+    odd: list[dict[str, Any]] = [
+        {"prompt": "a", "max_tokens": 10**400},
+        {"prompt": "a", "top_k": 10**400},
+        {"prompt": "a", "temperature": 1e-320, "top_p": 0.5},
+        {"prompt": "a", "repetition_penalty": 1e-40},
+        {"prompt": "a", "custom_id": "\ud800"},
+        {"prompt": "a", "custom_id": "good", "max_tokens": 3},
+    ]
+    job = Job(tiny, tmp_path, odd)
+    ended = job.run(1)
+    assert ended.codes == [0], ended.log
+    records = [json.loads(line) for line in job.results()]
+    assert len(records) == 6
+    failed = {r["custom_id"]: r["error"]["message"] for r in records if r["error"]}
+    for number, field in enumerate(("max_tokens", "top_k", "temperature", "repetition_penalty"), 1):
+        assert field in failed[f"line-{number}"]
+    assert "good" not in failed
+
+
 def test_a_full_disk_is_said_and_what_was_written_stands(
     tiny: str, tmp_path: Path, whole: dict[int, list[str]]
 ) -> None:
@@ -174,11 +203,12 @@ def test_sigterm_of_any_rank_drains_the_job(tiny: str, tmp_path: Path, whole: di
     assert set(before) <= set(whole[2]), "a result changed"
 
 
-def test_a_second_sigterm_leaves_within_a_second(tiny: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_second_sigterm_leaves_within_a_second(tiny: str, tmp_path: Path, rank: int) -> None:
     long = [{"custom_id": f"c{i}", "prompt": "to be", "max_tokens": 120, "ignore_eos": True} for i in range(9)]
     job = Job(tiny, tmp_path, long)
-    ended = job.run(2, Fault("twice", 1, 3))
-    assert ended.codes[1] == 75 and ended.seconds < 1, ended.log
+    ended = job.run(2, Fault("twice", rank, 3))
+    assert ended.codes[rank] == 75 and ended.seconds < 1, ended.log
     assert job.status()["state"] == "preempted"
     assert job.run(2).codes == [0, 0]
     assert len(job.results()) == 9

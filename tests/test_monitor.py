@@ -101,11 +101,11 @@ def test_time_left_counts_this_run_only() -> None:
     assert watched.standing().left == pytest.approx(30)
 
 
-def test_a_batch_counts_those_that_ended_in_it() -> None:
+def test_the_mean_batch_is_one_over_time() -> None:
     clock = Clock()
     watched = watch(clock)
     clock.now += 1
-    watched.tick(stats(1, running=0), [good(1), good(1), BAD])  # all in one tick, as in scoring
+    watched.tick(stats(1, running=2), [good(1), good(1), BAD])  # all in one tick, as in scoring
     assert watched.standing().running == 2
     clock.now += 3
     watched.tick(stats(2, running=6), [])
@@ -248,7 +248,7 @@ def test_log_lines_at_their_times(caplog: pytest.LogCaptureFixture, capsys: pyte
         run(watched, clock, 80, 0.25)
     assert len(caplog.records) == 4
     assert caplog.records[0].message == (
-        "20/10,000 done, running 9, waiting 3, 400 prompt and 32.0 new tokens/s, KV cache 75 %, 41:35 left"
+        "20/10,000 done, running 8, waiting 3, 400 prompt and 32.0 new tokens/s, KV cache 75 %, 41:35 left"
     )
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="llama_dist"):
@@ -265,7 +265,7 @@ def test_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
         drawn = terminal.getvalue().split("\r")
         assert len([d for d in drawn if "left" in d]) in (9, 10)
         assert re.search(r"7[123]%\|.* 2[89]\d/400 ", drawn[-1])
-        assert "s left, run 9, wait 3, in 10k out 800 tok/s, KV 75%" in drawn[-1]
+        assert "s left, run 8, wait 3, in 10k out 800 tok/s, KV 75%" in drawn[-1]
         watched.close("preempted")
     assert "300/400 " in terminal.getvalue()
     assert "preempted" in terminal.getvalue()
@@ -317,7 +317,7 @@ def test_summary(capsys: pytest.CaptureFixture[str]) -> None:
         "new tokens": "3,200 (80.0/s)",
         "prefix cache": "10,000 prompt tokens found (20 %)",
         "mean request": "50.0 prompt and 20.0 new tokens",
-        "batch": "mean 7.99, largest 8 sequences, 400 ticks",
+        "batch": "mean 7.00, largest 7 sequences, 400 ticks",
         "KV cache": "mean 75 %, fullest 75 %",
         "preemptions": "2",
     }

@@ -47,6 +47,7 @@ class Engine:
     check_every: int
     answers: dict[str, Answer] = field(default_factory=dict)
     ticks: int = 0
+    batch: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
     cached_tokens: int = 0
@@ -60,7 +61,7 @@ class Engine:
         """Counts since the start, and how full the batch and the cache are now."""
         table = self.scheduler.table
         return EngineStats(
-            running=len(self.scheduler.running),
+            running=self.batch,
             waiting=len(self.scheduler.waiting),
             prompt_tokens=self.prompt_tokens,
             new_tokens=self.new_tokens,
@@ -113,15 +114,17 @@ class Engine:
     def step(self, on_token: OnToken | None = None) -> list[Completion]:
         """One tick; the requests that ended in it, in order of arrival. Every rank of the replica calls it alike."""
         batch = self.scheduler.next_batch()
+        self.batch = len(batch)
         hidden, ends = self._compute(batch)
         done: list[Ended] = []
         drawing: list[tuple[Work, int]] = []
         for work, end in zip(batch, ends, strict=True):
             answer = self.answers[work.sequence.request.id]
             self._count(work)
-            if work.sequence.request.params.scores_prompt:
-                self._score(answer, work, hidden[end - work.length : end])
-            if work.last and len(work.sequence.tokens) < work.sequence.limit:
+            scores = work.sequence.request.params.scores_prompt
+            if scores and not self._score(answer, work, hidden[end - work.length : end]):
+                done.append(self._break(answer, work))
+            elif work.last and len(work.sequence.tokens) < work.sequence.limit:
                 drawing.append((work, end - 1))
             else:
                 self.scheduler.commit(work, None)
@@ -149,8 +152,8 @@ class Engine:
             self.cached_tokens += work.start
         self.prompt_tokens += max(0, min(work.start + work.length, sequence.prompt_len) - work.start)
 
-    def _score(self, answer: Answer, work: Work, hidden: torch.Tensor) -> None:
-        """Logprobs of the prompt tokens that follow this chunk's; recomputed ones add nothing."""
+    def _score(self, answer: Answer, work: Work, hidden: torch.Tensor) -> bool:
+        """Logprobs of the prompt tokens that follow this chunk's; recomputed ones add nothing. False: not finite."""
         tokens, top = work.sequence.request.prompt, work.sequence.request.params.top_logprobs
         first = max(work.start + 1, len(answer.prompt_scores))
         last = min(work.start + work.length + 1, len(tokens))
@@ -160,6 +163,9 @@ class Engine:
             targets = torch.tensor(tokens[start:stop], device=logits.device)
             answer.prompt_scores += sampler.logprobs_of(logits, targets).tolist()
             answer.prompt_tops += [tuple(sampler.top_logprobs_of(row, top)) for row in logits] if top else []
+            if not bool(logits.sum().isfinite()):
+                return False
+        return True
 
     def _draw(self, drawing: list[tuple[Work, int]], hidden: torch.Tensor, on_token: OnToken | None) -> list[Ended]:
         """A token for each sequence that reached its newest one; those that end with it."""
@@ -171,13 +177,13 @@ class Engine:
         done: list[Ended] = []
         for i, (work, _) in enumerate(drawing):
             answer = self.answers[work.sequence.request.id]
+            if not sound[i]:
+                done.append(self._break(answer, work))
+                continue
             try:
-                if not sound[i]:
-                    raise RequestError(find_fault(self.model, self.world, work.sequence))
                 token = self._choose(answer, logits[i], greedy[i])
-            except RequestError as err:  # this row fails alone; all ranks see the same logits, so all come here
+            except RequestError as err:  # alone; all ranks see the same logits, so all come here
                 self.scheduler.commit(work, None)
-                self.scheduler.table.forget(work.sequence.pages)
                 done.append(self._end(answer, "error", str(err)))
                 continue
             self._digest.update(f"{work.sequence.request.id}:{token};".encode())
@@ -185,6 +191,13 @@ class Engine:
             if reason is not None:
                 done.append(self._end(answer, reason))
         return done
+
+    def _break(self, answer: Answer, work: Work) -> Ended:
+        """The row's numbers are not finite: it fails alone, and nobody finds its pages. All ranks see it alike."""
+        why = find_fault(self.model, self.world, work.sequence)
+        self.scheduler.commit(work, None)
+        self.scheduler.table.forget(work.sequence.pages)
+        return self._end(answer, "error", why)
 
     def _choose(self, answer: Answer, row: torch.Tensor, greedy: int) -> int:
         params = answer.sequence.request.params

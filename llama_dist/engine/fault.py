@@ -12,6 +12,8 @@ from llama_dist.model.transformer import Transformer
 from llama_dist.parallel.control import collect
 from llama_dist.parallel.world import World
 
+CHUNK = 512  # tokens computed at a time: what fits beside a full cache
+
 
 def _stages(model: Transformer) -> list[tuple[str, nn.Module]]:
     """The places where ranks put their parts together, in the order they are passed."""
@@ -45,8 +47,11 @@ def find_fault(model: Transformer, world: World, sequence: Sequence) -> str:
     try:
         tokens = sequence.tokens
         pages = range(-(-len(tokens) // PAGE_SIZE))
-        batch = make_batch([(Span(pages, 0, len(tokens), sequence.prompt_len), tokens)], world.device)
-        model.logits(model(batch, model.new_cache(len(pages)))[-1:])
+        cache = model.new_cache(len(pages))
+        for start in range(0, len(tokens), CHUNK):
+            chunk = tokens[start : start + CHUNK]
+            span = Span(pages, start, len(chunk), sequence.prompt_len)
+            model.logits(model(make_batch([(span, chunk)], world.device), cache)[-1:])
     finally:
         for hook in hooks:
             hook.remove()

@@ -30,8 +30,9 @@ def shape(
         counts = Counter(answer)
         times = torch.tensor([counts[i] for i in sorted(counts)], dtype=row.dtype, device=row.device)
         row[_ids(counts, row)] -= params.presence_penalty + params.frequency_penalty * times
-    for token, bias in params.logit_bias:
-        row[token] += bias
+    if params.logit_bias:
+        biased, by = zip(*params.logit_bias, strict=True)
+        row.index_add_(0, torch.tensor(biased, device=row.device), torch.tensor(by, dtype=row.dtype, device=row.device))
     if params.allowed_token_ids is not None:
         allowed = _ids(params.allowed_token_ids, row)
         kept = row[allowed]

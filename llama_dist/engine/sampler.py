@@ -22,7 +22,7 @@ HEAD = 1024  # the nucleus is looked for among so many likeliest tokens before t
 
 def derive_seed(run_seed: int, request_id: str) -> int:
     """The seed (63 bits) of a request that names none."""
-    digest = hashlib.blake2b(f"{run_seed}/{request_id}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{run_seed}/{request_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -27,6 +27,8 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     cached: int = 0
     keys: list[Key] = field(default_factory=list)
+    prospect: list[Key] | None = None
+    """While it waits: the keys of its full pages, which others may hold already."""
     hit: int | None = None
     """Prompt tokens found computed when it was first admitted."""
     times_preempted: int = 0
@@ -161,13 +163,15 @@ class Scheduler:
         shared: list[int] = []
         if sequence.shareable:
             # The newest token is always computed: its hidden state is what the next is drawn from.
-            keys = page_keys(sequence.tokens[:-1], self.table.page_size)
-            shared = self.table.match(keys)
-            sequence.keys = keys[: len(shared)]
+            if sequence.prospect is None:
+                sequence.prospect = page_keys(sequence.tokens[:-1], self.table.page_size)
+            shared = self.table.match(sequence.prospect)
+            sequence.keys = sequence.prospect[: len(shared)]
         needed = self.table.pages_for(len(sequence.tokens)) - len(shared)
         if needed > self.table.n_free - self.table.n_matched_free(shared):
             sequence.keys = []
             return False
+        sequence.prospect = None
         self.table.share(shared)
         sequence.pages = list(shared)
         sequence.cached = len(shared) * self.table.page_size

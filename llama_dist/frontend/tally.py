@@ -51,27 +51,24 @@ class Tally:
 
     def add(self, seconds: float, stats: EngineStats, finished: Sequence[Finished]) -> None:
         """Take in a tick that ended `seconds` after the start, and the requests that ended in it."""
-        running = stats.running
         for request in finished:
             self.done += 1
             if not request.ok:
                 self.failed += 1
                 continue
-            running += 1  # it was in the batch, though it is gone now
             self.prompt_tokens += request.prompt_tokens
             self.new_tokens += request.new_tokens
             self.latency.add(request.seconds)
             if request.new_tokens and request.seconds > 0:
                 self.token_rate.add(request.new_tokens / request.seconds)
-        self.stats, self.running = stats, running
+        self.stats, self.running = stats, stats.running
         kv = self.kv
         passed = max(0.0, seconds - self._seconds)
         self._seconds += passed
-        self._running += running * passed
+        self._running += stats.running * passed
         self._waiting += stats.waiting * passed
         self._kv += kv * passed
-        if running > self.busiest:
-            self.busiest = running
+        self.busiest = max(self.busiest, stats.running)
         if kv > self.fullest:
             self.fullest = kv
         if self._seconds - self._recent[-1].seconds >= INTERVAL:

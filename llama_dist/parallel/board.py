@@ -1,7 +1,8 @@
 """The notice board of a job, kept in the store: heartbeats, who left in order, the first error, the wish to drain.
 
-The store may die or freeze with the rank that keeps it, so every question has its time and an answer for silence. It is
-asked over a connection of its own, by the watch's thread and at the end of a rank, never beside a collective.
+The store may die or freeze with the rank that keeps it, so every question has its time and an answer for silence; while
+one is still unanswered no other is asked. It is asked over a connection of its own, by the watch's thread and at a
+rank's end, never beside a collective.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -23,14 +24,19 @@ T = TypeVar("T")
 
 
 class Board:
-    """This rank's view of the board. `frozen`: the store did not answer in time."""
+    """This rank's view of the board."""
 
     def __init__(self, store: Store, rank: int) -> None:
         self._store: Any = store.clone()  # type: ignore[attr-defined]
         self._store.set_timeout(timedelta(seconds=ANSWER))
         self._rank = rank
         self._beats: dict[int, tuple[int, float]] = {}
-        self.frozen = False
+        self._asker: threading.Thread | None = None
+
+    @property
+    def frozen(self) -> bool:
+        """The store has not answered the last question yet, though its time is over."""
+        return self._asker is not None and self._asker.is_alive()
 
     def _ask(self, question: Callable[[Any], T], otherwise: T) -> T:
         if self.frozen:
@@ -43,25 +49,25 @@ class Board:
             except RuntimeError as err:  # the store is gone; whose death that was is noticed by pidfd or collective
                 log.debug("store: %s", err)
 
-        asker = threading.Thread(target=ask, daemon=True)
-        asker.start()
-        asker.join(ANSWER)
-        self.frozen = asker.is_alive()
+        self._asker = threading.Thread(target=ask, daemon=True)
+        self._asker.start()
+        self._asker.join(ANSWER)
         return answers[0] if answers else otherwise
 
     def beat(self) -> None:
         """This rank lives."""
         self._ask(lambda store: store.add(f"beat/{self._rank}", 1), 0)
 
-    def silence(self, rank: int) -> float:
-        """Seconds since the heartbeat of `rank` was last seen to move; 0 when first asked, or when nobody knows."""
+    def silences(self, ranks: Sequence[int]) -> dict[int, float]:
+        """Seconds since each rank's heartbeat was last seen to move; 0 when first asked. Empty: the store is silent."""
+        nothing: list[int] = []
+        counts = self._ask(lambda store: [int(store.add(f"beat/{rank}", 0)) for rank in ranks], nothing)
         now = time.monotonic()
-        count = self._ask(lambda store: store.add(f"beat/{rank}", 0), -1)
-        seen, when = self._beats.get(rank, (-1, now))
-        if count != seen:
-            self._beats[rank] = (count, now)
-            return 0.0
-        return now - when
+        heard = dict(zip(ranks, counts, strict=False))
+        for rank, count in heard.items():
+            if rank not in self._beats or self._beats[rank][0] != count:
+                self._beats[rank] = (count, now)
+        return {rank: now - self._beats[rank][1] for rank in heard}
 
     def leave(self) -> None:
         """This rank ends in order: its death means nothing."""

@@ -34,7 +34,7 @@ log = logging.getLogger("llama_dist")
 
 BEAT = 1.0  # seconds between two heartbeats
 SILENT = 2.5  # seconds without one after which a rank counts as stuck, once a collective has failed
-LOST_HOST = 30.0  # the same while nothing has failed yet, for ranks of other hosts
+LOST_HOST = 30.0  # the least of it for ranks of other hosts while nothing has failed yet; else the timeout
 GRACE = 2.0  # seconds the main thread has to notice a lost peer by itself and say so
 PR_SET_PDEATHSIG = 1
 KEEP_STORE = 2.5  # seconds for which a failed rank that keeps the store lets the others read why
@@ -90,7 +90,8 @@ class Watch:
         self._told = False  # another rank has said why the job ends
         self._keeps_store = self._posted = False
         self._stuck: frozenset[int] = frozenset()
-        self._parent = os.getppid()
+        self._parent: int | None = None  # torchrun, where it started this rank
+        self._patience = LOST_HOST
         self._drains = False
         self.draining = threading.Event()
         self._last_words: Callable[[str, int], None] | None = None
@@ -125,8 +126,12 @@ class Watch:
         """Call this with message and exit code where the job ends by failure, on the one rank that says so."""
         self._last_words = last_words
 
-    def attach(self, store: Store, launch: Launch) -> None:
-        """Exchange cards with the other ranks and start watching them. Call when the default group is up."""
+    def attach(self, store: Store, launch: Launch, timeout: float) -> None:
+        """Exchange cards with the other ranks and start watching them. Call when the default group is up.
+
+        A rank of this host without a heartbeat for `timeout` seconds is stuck, even if nobody waits for it.
+        """
+        self._patience = timeout
         if launch.launcher == "torchrun":
             self._die_with_parent()
         if launch.size == 1:
@@ -150,9 +155,9 @@ class Watch:
         os.write(self._wake_write, b"\0")
 
     def _die_with_parent(self) -> None:
-        parent = os.getppid()
+        self._parent = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
+        if os.getppid() != self._parent:
             os._exit(143)
 
     def _hook_exceptions(self) -> None:
@@ -197,7 +202,7 @@ class Watch:
                 self._on_death(self._pidfds[fd])
         if self.lost is not None:
             self.finish(str(self.lost), PeerLost.exit_code)
-        if os.getppid() != self._parent:
+        if self._parent is not None and os.getppid() != self._parent:
             self.finish("the launcher died", 1)
         if self._drains and number in (signal.SIGTERM, signal.SIGUSR1):
             if not self.draining.is_set():
@@ -232,11 +237,14 @@ class Watch:
             self._told = True
             self._lose(reported, grace=0.1)
             return
-        # ranks of other hosts have no pidfd here
-        remote = [c for c in self._cards if c.rank != self.rank and c.rank not in self._pidfds.values()]
-        silent = [c for c in remote if board.silence(c.rank) > LOST_HOST and not board.has_left(c.rank)]
+        # A stopped process is not dead to its pidfd, and ranks of other hosts have none here.
+        bounds = {c.rank: max(self._patience, LOST_HOST) for c in self._cards if c.rank != self.rank}
+        bounds.update((rank, self._patience) for rank in self._pidfds.values())
+        silences = board.silences(list(bounds))
+        silent = [rank for rank, quiet in silences.items() if quiet > bounds[rank] and not board.has_left(rank)]
         if silent:
-            self._lose(f"{silent[0]} has not been heard of for {LOST_HOST:g} s")
+            self._stuck = frozenset(silent)
+            self._lose(f"{self._cards[silent[0]]} does not answer: no heartbeat for {bounds[silent[0]]:g} s")
 
     def _lose(self, message: str, grace: float = GRACE) -> None:
         if self.lost is not None or self._leaving:
@@ -250,8 +258,10 @@ class Watch:
 
     def _speaks(self, message: str) -> bool:
         """Put this rank's error where all see it. True for the first to do so, who also prints it."""
-        if self._told or self._board is None:
-            return not self._told
+        if self._board is None:  # the ranks have not met: a signal reached them all
+            return self.rank == 0
+        if self._told:
+            return False
         self._posted = True
         first = self._board.post(message)
         if first is not None:
@@ -261,12 +271,12 @@ class Watch:
         here = [r for r in self._pidfds.values() if r not in dead]
         return not (dead - {None}) or all(r > self.rank for r in here)
 
-    def _await_others(self) -> None:
+    def _await_others(self, seconds: float) -> None:
         """Let the others read why, before the store goes with this rank that keeps it."""
         poll, left = select.poll(), {fd for fd, rank in self._pidfds.items() if rank not in self._stuck}
         for fd in left:
             poll.register(fd, select.POLLIN)
-        deadline = time.monotonic() + KEEP_STORE
+        deadline = time.monotonic() + seconds
         while left and (wait := deadline - time.monotonic()) > 0:
             for fd, _ in poll.poll(wait * 1000):
                 poll.unregister(fd)
@@ -277,7 +287,8 @@ class Watch:
         deadline = time.monotonic() + SILENT + BEAT
         while self.lost is None and self._board is not None and time.monotonic() < deadline:
             time.sleep(0.05)
-            stuck = [c for c in self._cards if c.rank != self.rank and self._board.silence(c.rank) > SILENT]
+            silences = self._board.silences([c.rank for c in self._cards if c.rank != self.rank])
+            stuck = [self._cards[rank] for rank, quiet in silences.items() if quiet > SILENT]
             if self._board.frozen and not stuck:
                 stuck = self._cards[:1]  # the store answers no more: who keeps it is stuck (or torchrun, with all)
             if stuck:
@@ -311,8 +322,8 @@ class Watch:
                     self._last_words(message, code)
                 except Exception as err:  # nothing may keep a failed rank from leaving
                     _say(f"at the end: {err}")
-        if self._keeps_store and self._posted and code != EX_TEMPFAIL:
-            self._await_others()
+        if self._keeps_store and self._posted:
+            self._await_others(KEEP_STORE if code != EX_TEMPFAIL else KEEP_STORE / 5)
         flusher = threading.Thread(target=sys.stdout.flush, daemon=True)
         flusher.start()
         flusher.join(1.0)  # the reader of a full pipe may be gone

@@ -145,7 +145,7 @@ def join(run: RunConfig, watch: Watch | None = None) -> World:
                 f"rank {launch.rank}: the {launch.size} ranks did not meet within {run.timeout:g} s"
                 f"{_missing(store, launch.size)}"
             ) from err
-        watch.attach(store, launch)
+        watch.attach(store, launch, run.timeout)
     if not fs.model_parallel_is_initialized():
         with contextlib.redirect_stdout(sys.stderr if run.verbose else io.StringIO()):  # fairscale prints to stdout
             fs.initialize_model_parallel(mp_size, model_parallel_backend="nccl" if device.type == "cuda" else "gloo")

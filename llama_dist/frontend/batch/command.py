@@ -35,6 +35,8 @@ from llama_dist.text.chat import pick_chat_format
 EARLY_BYTES = 2**30
 """Files up to here are read before the ranks meet, so that a refusal ends the job at once; reading more could take
 longer than the others wait, so it is done while they are kept in touch."""
+EARLY_STRICT_BYTES = 2**24
+"""The same with --strict, which tokenizes all of it."""
 
 
 @dataclass
@@ -69,7 +71,11 @@ def prepare(options: BatchOptions) -> Callable[[], int]:
     checked = check_run(options.run)
     encoder = make_encoder(options, checked)
     job = None
-    if launch.rank == 0 and not streamed and (launch.size == 1 or _n_bytes(options) <= EARLY_BYTES):
+    if (
+        launch.rank == 0
+        and not streamed
+        and (launch.size == 1 or _n_bytes(options) <= (EARLY_STRICT_BYTES if options.strict else EARLY_BYTES))
+    ):
         job = open_job(options, checked, encoder, Path(options.input_file).resolve())
     return functools.partial(run, Start(options, checked, encoder, job, left))
 

@@ -36,6 +36,8 @@ def note_end(monitor: Monitor | None, path: Path | None, message: str, code: int
         return
     try:
         status = json.loads(path.read_bytes())
+        if status["state"] != "running":  # another rank has said it already
+            return
         ours = {"state": state, "message": message, "updated": time.time()}
         write_status(path, {**status, **ours, "pid": os.getpid(), "host": socket.gethostname()}, last=True)
     except (OSError, ValueError):  # another host's disk, or no status yet: the line on stderr has to do
