@@ -99,13 +99,14 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
+_ANY = 2**62  # as good as no bound; a JSON number may be larger still, and no float holds that
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("temperature", 0, 1e6),
     ("top_p", 0, 1),
-    ("max_tokens", 0, 2**63 - 1),
+    ("max_tokens", 0, _ANY),
     ("seed", 0, 2**63 - 1),
-    ("min_tokens", 0, 2**63 - 1),
-    ("top_k", 0, 2**63 - 1),
+    ("min_tokens", 0, _ANY),
+    ("top_k", 0, _ANY),
     ("min_p", 0, 1),
     ("presence_penalty", -2, 2),
     ("frequency_penalty", -2, 2),
@@ -117,7 +118,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 def _within(name: str, value: float | None, low: float, high: float) -> None:
     if value is None or low <= value <= high:  # never true of NaN
         return
-    bounds = f"{low:g} or more" if high >= 2**63 - 1 else f"from {low:g} to {high:g}"
+    bounds = f"{low:g} or more" if high == _ANY and value < low else f"from {low:g} to {high:g}"
     raise RequestError(f"{name} is {value}, must be {bounds}", name)
 
 

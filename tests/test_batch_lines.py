@@ -137,7 +137,7 @@ def test_bad_words_count_with_and_without_a_space(encoder: Encoder) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("temperature", -0.1, "0 or more"),
+        ("temperature", -0.1, "from 0 to"),
         ("temperature", "1", "a number"),
         ("temperature", True, "a number"),
         ("temperature", 10**400, "finite"),
@@ -150,7 +150,7 @@ def test_bad_words_count_with_and_without_a_space(encoder: Encoder) -> None:
         ("min_tokens", 17, "at most max_tokens 16"),
         ("presence_penalty", 2.5, "from -2 to 2"),
         ("frequency_penalty", -3, "from -2 to 2"),
-        ("repetition_penalty", 0, "above 0"),
+        ("repetition_penalty", 0, "from 0.01 to 10"),
         ("logit_bias", {"x": 1}, "token id"),
         ("logit_bias", {"293": 1}, "token id"),
         ("logit_bias", {"3": 101}, "from -100 to 100"),
