@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from llama_dist.engine import memory
 from llama_dist.engine.engine import Engine
 from llama_dist.engine.pages import PageTable
 from llama_dist.engine.serve import Message, serve
 from llama_dist.engine.stats import EngineStats
+from llama_dist.errors import ConfigError
 from llama_dist.request import Cancel, Completion, Request, SamplingParams, Stop
 from tests.jobs import Ask, open_for
 
@@ -133,3 +135,12 @@ def plant(model: Any, stage: str, here: bool) -> Any:
 
         hooks.append(module.register_forward_pre_hook(spoil, prepend=True))
     return lambda: [h.remove() for h in hooks]
+
+
+def pages_with(folder: str, left: Sequence[int], options: dict[str, Any]) -> int | str:
+    """The pages this rank's cache gets when ranks have so many bytes left, or why it gets none."""
+    memory._memory_left = lambda world: left[world.rank]
+    try:
+        return open_for(Ask(folder, [], 0, options)).engine.cache.n_pages
+    except ConfigError as err:
+        return str(err)

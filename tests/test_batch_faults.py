@@ -86,7 +86,7 @@ def texts(results: list[str]) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize(("world", "rank"), [(2, 0), (2, 1), (3, 1), (3, 2)])
+@pytest.mark.parametrize(("world", "rank"), [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)])
 def test_killed_ten_times_and_finished(
     tiny: str, tmp_path: Path, whole: dict[int, list[str]], world: int, rank: int
 ) -> None:

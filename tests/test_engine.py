@@ -9,7 +9,7 @@ import pytest
 
 from llama_dist.request import SamplingParams
 from tests.conftest import Saver
-from tests.engine_jobs import Run, faulty_row, serve_some, timeline, whole_run
+from tests.engine_jobs import Run, faulty_row, pages_with, serve_some, timeline, whole_run
 from tests.spmd import run_ranks
 
 pytestmark = pytest.mark.spmd
@@ -116,6 +116,19 @@ def test_a_row_that_breaks_fails_alone_and_says_where(checkpoint: Saver, world: 
     assert sound == ranks[0]["healthy"][1:], "its neighbours changed"
     assert [row[1] for row in ranks[0]["scores"]] == ["error", "length"], "a score of broken numbers was reported"
     assert ranks[0]["after"] == ranks[0]["healthy"][0], "the broken pages were found again"
+
+
+def test_the_smallest_rank_sizes_the_cache_of_all(checkpoint: Saver) -> None:
+    folder = str(checkpoint(CASE, "hf"))
+    page = 2 * 2 * 1 * 16 * 8 * 4  # k and v, layers, KV heads of a rank, tokens, head_dim, float32
+    assert run_ranks(2, pages_with, folder, [50 * page, 20 * page + 7], {}) == [20, 20]
+    assert run_ranks(2, pages_with, folder, [10**9, 10**9], {"kv_cache_memory": 9 * page}) == [9, 9]
+    assert run_ranks(1, pages_with, folder, [10**9], {"max_batch_size": 3}) == [2 * 3 * PAGES_FOR], (
+        "more than is of use"
+    )
+    refused = run_ranks(2, pages_with, folder, [50 * page, 5 * page], {})
+    assert refused[0] == refused[1]
+    assert "rank 1 has room for 80 tokens of cache, less than --max_seq_len 96" in str(refused[0])
 
 
 def test_defaults_are_metas() -> None:
