@@ -27,11 +27,14 @@ class Fault:
 
 @dataclass(frozen=True)
 class Ended:
-    """How the ranks ended: exit codes (negative: the signal), what they wrote to stderr, seconds from fault to end."""
+    """How the ranks ended: exit codes (negative: the signal), what they wrote to stderr, seconds from the fault to the
+    end of all of them, and to that of the rank it struck.
+    """
 
     codes: list[int | None]
     log: str
     seconds: float
+    victim_seconds: float
 
     @property
     def errors(self) -> list[str]:
@@ -113,15 +116,18 @@ def run_command(world: int, argv: Sequence[str], folder: Path, fault: Fault | No
         args = (rank_env(rank, world, port), argv, fault, str(log), str(mark))
         ranks.append(context.Process(target=_rank, args=args))
         ranks[-1].start()
-    began, struck = time.monotonic(), None
+    began, struck, victim_gone = time.monotonic(), None, None
     stopped = fault.rank if fault is not None and fault.kind == "stop" else None
     while any(p.is_alive() for i, p in enumerate(ranks) if i != stopped):
         struck = struck or (time.monotonic() if mark.exists() else None)
+        if fault is not None and victim_gone is None and not ranks[fault.rank].is_alive():
+            victim_gone = time.monotonic()
         assert time.monotonic() - began < within, f"still running after {within} s:\n{log.read_text()}"
         time.sleep(0.01)
-    seconds = time.monotonic() - (struck or began)
+    ended = time.monotonic()
     for p in ranks:
         if p.is_alive():
             p.kill()
         p.join()
-    return Ended([p.exitcode for p in ranks], log.read_text() if log.exists() else "", seconds)
+    spans = ended - (struck or began), (victim_gone or ended) - (struck or began)
+    return Ended([p.exitcode for p in ranks], log.read_text() if log.exists() else "", *spans)
