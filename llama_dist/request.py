@@ -101,7 +101,7 @@ def _tuples(value: Any) -> Any:
 
 _ANY = 2**62  # as good as no bound; a JSON number may be larger still, and no float holds that
 _RANGES: tuple[tuple[str, float, float], ...] = (
-    ("temperature", 0, 1e6),
+    ("temperature", 0, _ANY),
     ("top_p", 0, 1),
     ("max_tokens", 0, _ANY),
     ("seed", 0, 2**63 - 1),
@@ -118,7 +118,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 def _within(name: str, value: float | None, low: float, high: float) -> None:
     if value is None or low <= value <= high:  # never true of NaN
         return
-    bounds = f"{low:g} or more" if high == _ANY and value < low else f"from {low:g} to {high:g}"
+    bounds = f"{low:g} or more" if high == _ANY and not value > high else f"from {low:g} to {high:g}"
     raise RequestError(f"{name} is {value}, must be {bounds}", name)
 
 
