@@ -221,14 +221,22 @@ def test_the_real_model_killed_and_resumed(tmp_path: Path) -> None:
         for i, q in enumerate(["What do bees make?", "Name a colour.", "Is water wet?", "Who was Ada Lovelace?"])
     ]
     model = str(assets.smollm2_gguf())
-    first = Job(model, tmp_path, source, "--dtype=bfloat16", "--timeout=60")
-    first.argv.remove("--dtype=float32")
-    first.argv.remove(f"--timeout={TIMEOUT}")
+
+    def job(name: str) -> Job:
+        (tmp_path / name).mkdir()
+        made = Job(model, tmp_path / name, source, "--dtype=bfloat16", "--timeout=60")
+        made.argv.remove("--dtype=float32")
+        made.argv.remove(f"--timeout={TIMEOUT}")
+        return made
+
+    first, whole = job("killed"), job("whole")
     assert first.run(2, Fault("kill", 1, 9)).codes == [1, -9]
     assert first.run(2, Fault("kill", 0, 4)).codes == [-9, 1]
     ended = first.run(2)
     assert ended.codes == [0, 0], ended.log
     assert sorted(texts(first.results())) == ["q0", "q1", "q2", "q3"]
+    assert whole.run(2).codes == [0, 0]
+    assert first.results() == whole.results()
 
 
 def test_torchrun_killed_and_resumed_under_torchrun(tiny: str, tmp_path: Path, whole: dict[int, list[str]]) -> None:
