@@ -35,5 +35,11 @@ class DesyncError(LlamaDistError, RuntimeError):
     """Ranks that must agree do not: differing flags, prompts or sampled tokens."""
 
 
+class Halted(LlamaDistError):
+    """Told to stop before the work began: nothing is lost, run it again."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
 class PeerLost(LlamaDistError, RuntimeError):
     """Another rank died, stopped answering or failed; the message names it."""

@@ -6,6 +6,9 @@ import contextlib
 import io
 import os
 import signal
+import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +31,9 @@ class Done:
 
 def batch(folder: str, source: str, output: str, flags: list[str]) -> Done:
     """The command on this rank; what it printed, and its exit code."""
+    usual = [flag for flag in TINY if flag.partition("=")[0] not in {given.partition("=")[0] for given in flags}]
     line = cli.parse(
-        ["batch", f"--ckpt_dir={folder}", f"--input_file={source}", f"--output_file={output}", *TINY, *flags]
+        ["batch", f"--ckpt_dir={folder}", f"--input_file={source}", f"--output_file={output}", *usual, *flags]
     )
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -99,12 +103,67 @@ def opened_late(folder: str, source: str, output: str, flags: list[str]) -> Done
     return batch(folder, source, output, flags)
 
 
+def slow_to_load(folder: str, source: str, output: str, flags: list[str], seconds: float) -> Done:
+    """As `batch`, where the last rank's files are slow to read."""
+    from llama_dist.engine import session
+
+    real = session.load
+
+    def load(*args: Any, **named: Any) -> None:
+        if read_launch().rank == read_launch().size - 1:
+            time.sleep(seconds)
+        real(*args, **named)
+
+    session.load = load
+    return batch(folder, source, output, flags)
+
+
+def stopped_while_loading(folder: str, source: str, output: str, flags: list[str]) -> tuple[Done, int]:
+    """As `batch`, told to stop on the last rank before its first tensor; and how many tensors this rank read."""
+    from llama_dist.checkpoint import load
+
+    count, real = [0], load.fill
+
+    def fill(*args: Any) -> None:
+        watch = Watch.current()
+        if read_launch().rank == read_launch().size - 1 and watch is not None:
+            watch.draining.set()
+        count[0] += 1
+        real(*args)
+
+    load.fill = fill
+    return batch(folder, source, output, flags), count[0]
+
+
+def under_srun(folder: str, source: str, output: str, flags: list[str]) -> Done:
+    """As `batch`, with srun's variables in place of torchrun's."""
+    rank, size, port = (os.environ.pop(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    os.environ.update(SLURM_JOB_ID="7", SLURM_STEP_ID="0", SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURM_NTASKS=size)
+    os.environ["MASTER_PORT"] = port
+    return batch(folder, source, output, flags)
+
+
+def from_endless_pipe(folder: str, output: str) -> Done:
+    """As `batch --input_file -` of a pipe that does not end; told to stop while it is read."""
+    reads, writes = os.pipe()
+    os.write(writes, b'{"prompt": "a"}\n')
+    os.dup2(reads, 0)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 (a forked rank has none)
+
+    def stop() -> None:
+        while (watch := Watch.current()) is None:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        watch.draining.set()
+
+    threading.Thread(target=stop, daemon=True).start()
+    return batch(folder, "-", output, [])
+
+
 def from_stdin(folder: str, source: str, flags: list[str]) -> Done:
     """As `batch --input_file - --output_file -`."""
     if read_launch().rank == 0:
         os.dup2(os.open(source, os.O_RDONLY), 0)
-        import sys
-
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 (a forked rank has none)
     return batch(folder, "-", "-", flags)
 

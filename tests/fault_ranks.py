@@ -18,7 +18,10 @@ from tests.spmd import PRELOAD, free_port, rank_env
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens on `rank` at `tick`: kill, stop, raise, memory, other, term, twice; or full from the start."""
+    """What happens on `rank` at `tick`: kill, launcher (its parent is killed), stop, raise, memory, other, term, twice.
+
+    `full`: no file may grow beyond so many bytes as `tick` says, from the start.
+    """
 
     kind: str
     rank: int
@@ -41,7 +44,8 @@ class Ended:
         return [line for line in self.log.splitlines() if line.startswith("llama_dist: error:")]
 
 
-def _plant(fault: Fault, mark: Path) -> None:
+def plant(fault: Fault, mark: Path) -> None:
+    """Put the fault into this process; `mark` is touched when it strikes."""
     from llama_dist.engine.engine import Engine
     from llama_dist.frontend.batch import desk
 
@@ -56,6 +60,8 @@ def _plant(fault: Fault, mark: Path) -> None:
         mark.touch()
         if fault.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif fault.kind == "launcher":
+            os.kill(os.getppid(), signal.SIGKILL)
         elif fault.kind == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         elif fault.kind == "raise":
@@ -99,7 +105,7 @@ def _rank(env: dict[str, str], argv: Sequence[str], fault: Fault | None, log: st
 
     torch.set_num_threads(1)
     if fault is not None and int(env["RANK"]) == fault.rank:
-        _plant(fault, Path(mark))
+        plant(fault, Path(mark))
     code = main(argv)
     os._exit(code)
 

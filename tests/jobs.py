@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,3 +153,18 @@ def other_flags(folders: Sequence[str], **options: Any) -> str:
 
 def other_seed(folder: str) -> str:
     return other_flags([folder], seed=[3, 4, 3], max_batch_size=[8, 9, 8])
+
+
+def slow_replica(folder: str) -> list[list[int]]:
+    """Answers of a world whose replicas are done longer apart than the timeout."""
+    run = RunConfig(folder, max_seq_len=64, model_parallel_size=1, dtype="float32", device="cpu", timeout=2.0)
+    llama = Llama(open_session(run))
+    real = Engine.step
+
+    def step(self: Engine, *args: Any) -> Any:
+        if llama.session.world.replica == 1 and self.ticks == 1:
+            time.sleep(4)
+        return real(self, *args)
+
+    Engine.step = step  # type: ignore[method-assign]
+    return llama.generate([[5, 6, 7], [8, 9], [10]], 4, 0.0)[0]

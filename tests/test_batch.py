@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,22 @@ from typing import Any
 import pytest
 
 from llama_dist.__main__ import main
-from tests.batch_jobs import TINY, Done, batch, drained, from_stdin, killed, opened_late, records_of, without_weights
+from llama_dist.text.load import load_tokenizer
+from tests.batch_jobs import (
+    TINY,
+    Done,
+    batch,
+    drained,
+    from_endless_pipe,
+    from_stdin,
+    killed,
+    opened_late,
+    records_of,
+    slow_to_load,
+    stopped_while_loading,
+    under_srun,
+    without_weights,
+)
 from tests.conftest import Saver
 from tests.spmd import RankFailed, run_ranks
 
@@ -189,6 +205,69 @@ def test_stdin_to_stdout(folder: str, source: Path, whole: list[bytes]) -> None:
     assert {d.code for d in done} == {0} and done[1].out == ""
     # what a batch was computed beside plays no part, nor does where it came from
     assert sorted(line.encode() + b"\n" for line in done[0].out.splitlines()) == whole
+
+
+def test_told_to_stop_while_a_pipe_is_read(folder: str, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    (done,) = run_ranks(1, from_endless_pipe, folder, str(output))
+    assert done.code == 75 and status(output)["state"] == "preempted" and status(output)["total"] is None
+
+
+def test_told_to_stop_while_it_loads(folder: str, source: Path, whole: list[bytes], tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    ranks = run_ranks(2, stopped_while_loading, folder, str(source), str(output), [])
+    assert [done.code for done, _ in ranks] == [75, 75] and status(output)["state"] == "preempted"
+    assert ranks[1][1] == 1, "the rank that was told went on reading"
+    assert output.read_bytes() == b"" if output.exists() else True
+    run_ranks(1, batch, folder, str(source), str(output), [])
+    assert records_of(output) == whole
+
+
+def test_a_rank_slow_to_load_is_waited_for(folder: str, source: Path, whole: list[bytes], tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    done = run_ranks(2, slow_to_load, folder, str(source), str(output), ["--timeout=2"], 4.0)
+    assert {d.code for d in done} == {0} and records_of(output) == whole
+
+
+def test_under_srun_the_others_hear_of_what_only_rank_0_refuses(folder: str, source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    began = time.monotonic()
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(2, under_srun, folder, str(source), str(output), ["--strict"])
+    assert "ConfigError" in caught.value.errors[0] and "bad lines" in caught.value.errors[0]
+    assert 1 in caught.value.errors and time.monotonic() - began < 30, "rank 1 waited for its timeout"
+
+
+def test_prefix_cache_hits_are_in_the_usage_where_they_are_asked_for(folder: str, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    entries = [{"custom_id": f"c{i}", "prompt": [7] * 40 + [i], "max_tokens": 2} for i in (10, 11)]
+    source.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    run_ranks(1, batch, folder, str(source), str(output), ["--cached_tokens", "--max_batch_size=1"])
+    usages = [json.loads(line)["response"]["body"]["usage"] for line in records_of(output)]
+    assert [u["prompt_tokens_details"] for u in usages] == [{"cached_tokens": 0}, {"cached_tokens": 32}]
+    with pytest.raises(RankFailed, match=r"--cached_tokens \(False, was True\)"):
+        run_ranks(1, batch, folder, str(source), str(output), [])
+    run_ranks(1, batch, folder, str(source), str(tmp_path / "plain.jsonl"), [])
+    assert b"prompt_tokens_details" not in (tmp_path / "plain.jsonl").read_bytes()
+
+
+def test_a_template_prints_the_day_the_job_began(folder: str, tmp_path: Path) -> None:
+    dated, source, output = tmp_path / "dated", tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    shutil.copytree(folder, dated)
+    config = json.loads((dated / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ strftime_now('%Y') }}{{ messages[0].content }}"
+    (dated / "tokenizer_config.json").write_text(json.dumps(config))
+    asked = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "return_token_ids": True}
+    source.write_text(json.dumps(asked) + "\n")
+    run_ranks(1, batch, str(dated), str(source), str(output), ["--deadline=0"])
+    about = output.with_name("out.jsonl.job.json")
+    year = json.loads(about.read_text())["began"][:4]
+    about.write_text(about.read_text().replace(f'"began": "{year}', '"began": "2001'))
+    output.write_bytes(b'{"id":"torn')  # something stands, so that the job is not begun anew
+    run_ranks(1, batch, str(dated), str(source), str(output), [])
+    (record,) = map(json.loads, records_of(output))
+    ids = record["response"]["body"]["choices"][0]["prompt_token_ids"]
+    assert load_tokenizer(dated).decode(ids) == "2001x"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from llama_dist.engine.sampler import (
     sample,
     sample_top_p,
 )
+from llama_dist.request import SamplingParams
 
 
 def plain_gumbel(seed: int, position: int, token: int) -> float:
@@ -86,7 +87,7 @@ def test_a_flat_distribution_is_cut_by_id() -> None:
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
-    assert sample(torch.tensor([1.0, 3.0, 3.0, 2.0]), 0.0, 0.9, 1, 1) == 1
+    assert sample(torch.tensor([1.0, 3.0, 3.0, 2.0]), SamplingParams(temperature=0.0), 1, 1) == 1
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (1.5, 0.5), (0.3, 1.0), (2.0, 0.95)])

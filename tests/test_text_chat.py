@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import re
 import sys
@@ -412,6 +413,8 @@ def test_templates_that_fail(template: str, error: type[Exception], reason: str)
 def test_a_template_may_ask_for_the_date() -> None:
     tokenizer = with_template(load_kind("tiny-json"), "{{ strftime_now('%Y') }}")
     assert int(tokenizer.decode(encode_dialog(tokenizer, dialog("x"), "template"))) >= 2024
+    then = datetime.datetime(2001, 2, 3)
+    assert tokenizer.decode(encode_dialog(tokenizer, dialog("x"), "template", then)) == "2001"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
@@ -27,13 +28,20 @@ def fill(param: torch.Tensor, reader: Reader, name: str, place: Placement) -> No
 
 
 @torch.no_grad()
-def load(model: Transformer, reader: Reader, progress: bool = False) -> None:
-    """Fill every parameter of `model`. `progress` shows a bar on stderr where that is a terminal."""
+def load(
+    model: Transformer, reader: Reader, progress: bool = False, halted: Callable[[], bool] = lambda: False
+) -> None:
+    """Fill every parameter of `model`, unless `halted`, asked before each, says that it is not wanted any more.
+
+    `progress` shows a bar on stderr where that is a terminal.
+    """
     params = dict(model.named_parameters())  # a tied output is the embedding and is filled once
     places = model.placements()
     total = sum(p.nbytes for p in params.values())
     quiet = not (progress and sys.stderr.isatty())
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=quiet, file=sys.stderr) as bar:
         for name, param in params.items():
+            if halted():
+                return
             fill(param, reader, name, places[name])
             bar.update(param.nbytes)

@@ -206,7 +206,7 @@ class Engine:
         if params.shapes_logits:
             row = shape(row, params, answer.sequence.request.prompt, answer.tokens, answer.stops)
         position = len(answer.sequence.tokens)
-        return sampler.sample(row, params.temperature, params.top_p, answer.seed, position, params.top_k, params.min_p)
+        return sampler.sample(row, params, answer.seed, position)
 
     def _take(
         self, answer: Answer, work: Work, token: int, row: torch.Tensor, on_token: OnToken | None

@@ -13,6 +13,8 @@ import hashlib
 
 import torch
 
+from llama_dist.request import SamplingParams
+
 GOLDEN = 0x9E3779B97F4A7C15
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
@@ -123,19 +125,11 @@ def sample_top_p(
     return int(ids[torch.argmax(scaled[ids] + gumbel(seed, position, ids))])
 
 
-def sample(
-    logits: torch.Tensor,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    position: int,
-    top_k: int = 0,
-    min_p: float = 0.0,
-) -> int:
+def sample(logits: torch.Tensor, params: SamplingParams, seed: int, position: int) -> int:
     """The token at `position` for one row of logits [vocab]: greedy at temperature 0, ties to the lowest id."""
-    if temperature == 0:
+    if params.temperature == 0:
         return int(torch.argmax(logits))
-    return sample_top_p(logits, temperature, top_p, seed, position, top_k, min_p)
+    return sample_top_p(logits, params.temperature, params.top_p, seed, position, params.top_k, params.min_p)
 
 
 def logprobs_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,9 +22,10 @@ from llama_dist.engine.engine import Engine, OnToken
 from llama_dist.engine.memory import count_pages
 from llama_dist.engine.pages import PageTable
 from llama_dist.engine.scheduler import Scheduler
-from llama_dist.errors import ConfigError
+from llama_dist.errors import ConfigError, Halted
 from llama_dist.model.cache import PAGE_SIZE
 from llama_dist.model.transformer import Transformer
+from llama_dist.parallel.claims import meet
 from llama_dist.parallel.control import agree, collect
 from llama_dist.parallel.launch import read_launch
 from llama_dist.parallel.units import cut_model, units_for
@@ -118,8 +119,11 @@ def _identity(run: RunConfig, checked: Checked) -> dict[str, object]:
     return {**shared, "checkpoint": digest, "words": words, "llama_dist": __version__, "torch": torch.__version__}
 
 
-def open_session(run: RunConfig, checked: Checked | None = None) -> Session:
-    """Join the ranks and load this one's part of the model. Every rank calls it alike."""
+def open_session(run: RunConfig, checked: Checked | None = None, halted: Callable[[], bool] = lambda: False) -> Session:
+    """Join the ranks and load this one's part of the model. Every rank calls it alike.
+
+    Raises Halted on all ranks where `halted` said on one, while it loaded, that it is time to leave.
+    """
     checked = checked or check_run(run)
     reader, config = checked.reader, checked.reader.config
     world = join(run)
@@ -129,7 +133,7 @@ def open_session(run: RunConfig, checked: Checked | None = None) -> Session:
     )
     began = time.monotonic()
     model = Transformer(config, units, world.mp_rank, world.mp_size, dtype=checked.dtype, device=world.device)
-    load(model, reader, progress=world.rank == 0)
+    load(model, reader, progress=world.rank == 0, halted=halted)
     reader.close()
     log.info(
         "%s: %s, %s on %d x %s, %d replica%s, loaded in %.1f s",
@@ -142,7 +146,9 @@ def open_session(run: RunConfig, checked: Checked | None = None) -> Session:
         "" if world.n_replicas == 1 else "s",
         time.monotonic() - began,
     )
-    agree(world, "loaded", "having loaded")  # the others' memory is counted when all have taken what they need
+    meet(world, "loaded")  # the others' memory is counted when all have taken what they need
+    if any(collect(world, halted())):
+        raise Halted("told to stop while the model was loaded; run it again")
     n_pages = count_pages(run, world, model, checked.max_seq_len)
     # With dynamic scaling a prompt's keys depend on how long the prompt is: another prompt's pages do not serve.
     dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
@@ -186,6 +192,7 @@ def complete(session: Session, requests: Sequence[Request], on_token: OnToken | 
     completions = [done[request.id] for request in mine]
     if world.n_replicas == 1:
         return completions
+    meet(world, "completed")
     # One rank of each replica tells; the others' answers are the same.
     told = collect(world, [c.to_json() for c in completions] if world.mp_rank == 0 else [])
     by_id = {c["request_id"]: Completion.from_json(c) for part in told for c in part}

@@ -50,7 +50,7 @@ class Monitor:
         self.total = total
         self.status_path = status_path
         self.report = report
-        self.started_done = started_done
+        self.started_done = self._found_done = started_done
         self.started_failed = started_failed
         self.tally = Tally()
         self._clock = clock
@@ -114,8 +114,9 @@ class Monitor:
         tally, lately = self.tally, self.tally.lately
         done = self.started_done + tally.done
         left = None
-        if self.total is not None and tally.done:
-            left = (self.total - done) * tally.now.seconds / tally.done
+        since = done - self._found_done  # by all replicas
+        if self.total is not None and since:
+            left = (self.total - done) * tally.now.seconds / since
         return Standing(
             done=done,
             failed=self.started_failed + tally.failed,

@@ -162,6 +162,10 @@ class BatchOptions:
     force: bool = field(
         default=False, metadata=option("go on though input, checkpoint, flags or versions have changed")
     )
+    cached_tokens: bool = field(
+        default=False,
+        metadata=option("count prefix cache hits in the usage of each result; they depend on what ran before"),
+    )
     grace: float = field(
         default=30.0, metadata=option("seconds that running requests have to finish, once told to stop")
     )

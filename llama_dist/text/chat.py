@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+
 from llama_dist.errors import ConfigError
 from llama_dist.text.base import Tokenizer
 from llama_dist.text.chat_formats import encode_chatml, encode_llama2, encode_llama3, encode_mistral, has_special_tags
@@ -15,9 +17,8 @@ _ENCODERS = {
     "llama3": encode_llama3,
     "chatml": encode_chatml,
     "mistral": encode_mistral,
-    "template": encode_template,
 }
-CHAT_FORMATS = tuple(_ENCODERS)
+CHAT_FORMATS = (*_ENCODERS, "template")
 
 _NEEDED_TOKENS = {
     "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -25,13 +26,18 @@ _NEEDED_TOKENS = {
 }
 
 
-def encode_dialog(tokenizer: Tokenizer, dialog: Dialog, chat_format: str) -> list[int]:
+def encode_dialog(
+    tokenizer: Tokenizer, dialog: Dialog, chat_format: str, now: datetime.datetime | None = None
+) -> list[int]:
     """The prompt of a dialog: ids ending where the assistant's answer begins.
 
     `chat_format` is one that `pick_chat_format` returned for this tokenizer. No content, whatever it holds, adds a
-    control token. RequestError, field `messages`, for a dialog that the format has no place for.
+    control token. `now` is the time a template may print; default: the clock's. RequestError, field `messages`, for a
+    dialog that the format has no place for.
     """
     check_dialog(dialog)
+    if chat_format == "template":
+        return encode_template(tokenizer, dialog, now)
     return _ENCODERS[chat_format](tokenizer, dialog)
 
 
@@ -59,7 +65,7 @@ def pick_chat_format(tokenizer: Tokenizer, family: str, asked: str | None) -> st
 
 def _missing(tokenizer: Tokenizer, name: str) -> str:
     """What a tokenizer lacks for a format, empty if nothing. ConfigError for an unknown name."""
-    if name not in _ENCODERS:
+    if name not in CHAT_FORMATS:
         raise ConfigError(f"--chat_format is {name!r}, must be one of {', '.join(CHAT_FORMATS)}")
     if name == "template":
         return "" if tokenizer.chat_template else "chat template"

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 
-def encode_template(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
+def encode_template(tokenizer: Tokenizer, dialog: Dialog, now: datetime.datetime | None = None) -> list[int]:
     """The ids of `tokenizer.chat_template` rendered over `dialog`, with a generation prompt.
 
     Equal to encoding the rendered string with its control tokens parsed, as long as no content spells one; those are
-    encoded as text. RequestError if the template refuses the dialog, CheckpointError if it is no valid template.
+    encoded as text. `now` is the time a template may print; default: the clock's. RequestError if the template refuses
+    the dialog, CheckpointError if it is no valid template.
     """
     assert isinstance(tokenizer, PieceTokenizer), "every tokenizer of load_tokenizer and tokenizer_from_gguf is one"
     source = tokenizer.chat_template
@@ -29,7 +30,7 @@ def encode_template(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
     shown = frozenset(text for text, i in tokenizer.special.items() if tokenizer.pieces[i])
     guard = make_guard(tokenizer.special, shown, [source, *(message["content"] for message in dialog)])
     messages = [{"role": m["role"], "content": guard.protect(m["content"])} for m in dialog]
-    parts = list(guard.split(_render(source, messages, tokenizer)))
+    parts = list(guard.split(_render(source, messages, tokenizer, now or datetime.datetime.now())))
     ids: list[int] = []
     for at, (text, token) in enumerate(parts):
         if token is not None:
@@ -46,7 +47,7 @@ def encode_template(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
     return ids
 
 
-def _render(source: str, messages: list[dict[str, str]], tokenizer: PieceTokenizer) -> str:
+def _render(source: str, messages: list[dict[str, str]], tokenizer: PieceTokenizer, now: datetime.datetime) -> str:
     import jinja2
 
     try:
@@ -57,6 +58,7 @@ def _render(source: str, messages: list[dict[str, str]], tokenizer: PieceTokeniz
             documents=None,
             bos_token=tokenizer.text_of(tokenizer.bos_id),
             eos_token=tokenizer.text_of(tokenizer.eos_id),
+            strftime_now=now.strftime,
         )
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(f"the chat template is not valid Jinja: {_line(error)}; pass --chat_format") from None
@@ -93,13 +95,9 @@ def _compile(source: str) -> Template:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    def strftime_now(pattern: str) -> str:
-        return datetime.datetime.now().strftime(pattern)
-
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
     return environment.from_string(source)

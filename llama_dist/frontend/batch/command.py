@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import functools
 import os
 import shutil
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llama_dist.engine.session import Checked, check_run, open_session
-from llama_dist.errors import ConfigError
+from llama_dist.errors import ConfigError, Halted
 from llama_dist.frontend.batch.background import Background
 from llama_dist.frontend.batch.blocks import pack_survey, unpack_survey
 from llama_dist.frontend.batch.drain import Drain, seconds_left
@@ -23,7 +25,7 @@ from llama_dist.frontend.batch.prompts import Encoder
 from llama_dist.frontend.batch.records import Found
 from llama_dist.frontend.batch.results import Names
 from llama_dist.frontend.batch.serving import Served, Share, serve_share
-from llama_dist.frontend.batch.status import TRY_AGAIN, monitor_of, note_end, status_path
+from llama_dist.frontend.batch.status import TRY_AGAIN, monitor_of, note_end, note_unread, status_path
 from llama_dist.frontend.inbox import next_message
 from llama_dist.frontend.monitor import Monitor
 from llama_dist.frontend.options import BatchOptions
@@ -74,6 +76,8 @@ def prepare(options: BatchOptions) -> Callable[[], int]:
     if (
         launch.rank == 0
         and not streamed
+        # torchrun ends the other ranks with the one that refuses; srun's hear of it once they have met
+        and launch.launcher in ("torchrun", "alone")
         and (launch.size == 1 or _n_bytes(options) <= (EARLY_STRICT_BYTES if options.strict else EARLY_BYTES))
     ):
         job = open_job(options, checked, encoder, Path(options.input_file).resolve())
@@ -105,16 +109,23 @@ def run(start: Start) -> int:
     world = join(options.run)
     world.watch.drain_on_signals()
     plan = next_message(world, _planner(start, world))
-    if "finished" not in plan:  # told to stop before the pipe's end
+    path = output_path(options)
+    if "finished" not in plan:  # told to stop before all of the input was read
+        if world.rank == 0:
+            note_unread(status_path(path))
         leave(world)
         return TRY_AGAIN
-    path = output_path(options)
     monitor = monitor_of(options, start.job) if start.job is not None else None
     world.watch.at_finish(lambda message, code: note_end(monitor, status_path(path), message, code))
     served = Served(0, True)
     if not plan["finished"]:
-        session = open_session(options.run, start.checked)
-        served = serve_share(session, _share(start, plan, path), start.encoder, start.drain(world), monitor)
+        drain = start.drain(world)
+        try:
+            session = open_session(options.run, start.checked, drain.due)
+            encoder = dataclasses.replace(start.encoder, now=datetime.datetime.fromisoformat(plan["began"]))
+            served = serve_share(session, _share(start, plan, path), encoder, drain, monitor)
+        except Halted:
+            served = Served(0, False)
     complete = _conclude(start, world, served, monitor)
     if monitor is not None:
         monitor.close("completed" if complete else "preempted")
@@ -138,7 +149,8 @@ def _planner(start: Start, world: World) -> Callable[[], dict[str, Any] | None]:
         job = start.job
         return {
             "finished": job.done == job.total,
-            "names": [job.names.job, job.names.model],
+            "names": dataclasses.asdict(job.names),
+            "began": job.began.isoformat(),
             "survey": pack_survey(job.survey) if world.n_replicas > 1 else None,
         }
 
@@ -159,7 +171,7 @@ def _open_late(start: Start) -> Job:
 
 def _share(start: Start, plan: dict[str, Any], path: Path | None) -> Share | None:
     """This rank's view of the lines to be done; None on ranks that neither read nor write."""
-    names = Names(*plan["names"])
+    names = Names(**plan["names"])
     if start.job is not None:
         return Share(start.job.survey, names, path)
     if plan["survey"] is None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,27 @@ from llama_dist.errors import ConfigError
 from llama_dist.frontend.batch.outfile import replace_with
 from llama_dist.frontend.batch.prompts import Encoder
 from llama_dist.frontend.batch.survey import Survey
+from llama_dist.frontend.options import BatchOptions
 from llama_dist.text.tokenizer import PieceTokenizer
 
 Fingerprint = dict[str, Any]
 """Names of what results depend on, and what each is in this job; JSON values."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What the first run of a job fixes for all of them: the model's name where a request gives none, and its time."""
+
+    model: str
+    at: datetime.datetime
+
+
+@dataclass(frozen=True)
+class Before:
+    """What an earlier run left."""
+
+    fingerprint: Fingerprint
+    start: Beginning
 
 
 def checkpoint_digest(reader: Reader) -> str:
@@ -50,15 +69,16 @@ def tokenizer_digest(encoder: Encoder) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(checked: Checked, encoder: Encoder, seed: int, found: Survey) -> Fingerprint:
+def fingerprint(checked: Checked, encoder: Encoder, options: BatchOptions, found: Survey) -> Fingerprint:
     return {
         "input": {"blake2b": found.digest, "bytes": found.n_bytes, "lines": found.n_lines},
         "checkpoint": checkpoint_digest(checked.reader),
         "tokenizer": tokenizer_digest(encoder),
-        "--seed": seed,
+        "--seed": options.run.seed,
         "--max_seq_len": encoder.max_seq_len,
         "--dtype": str(checked.dtype).removeprefix("torch."),
         "--chat_format": encoder.chat_format,
+        "--cached_tokens": options.cached_tokens,
         "version of llama_dist": __version__,
         "version of torch": torch.__version__,
     }
@@ -93,8 +113,8 @@ def fingerprint_path(output: Path) -> Path:
     return output.with_name(output.name + ".job.json")
 
 
-def read_before(output: Path) -> dict[str, Any] | None:
-    """The fingerprint and model name of the run before, None where there is none. ConfigError for a damaged file."""
+def read_before(output: Path) -> Before | None:
+    """What the run before was, None where there is none. ConfigError for a damaged file."""
     path = fingerprint_path(output)
     try:
         data = json.loads(path.read_bytes())
@@ -104,17 +124,19 @@ def read_before(output: Path) -> dict[str, Any] | None:
         raise ConfigError(
             f"{path} cannot be read ({' '.join(str(err).split())[:100]}); remove it and give --force"
         ) from None
-    if (
-        not isinstance(data, dict)
-        or not isinstance(data.get("fingerprint"), dict)
-        or not isinstance(data.get("model"), str)
-    ):
-        raise ConfigError(f"{path} is no file of a batch job; remove it and give --force")
-    return data
+    try:
+        at = datetime.datetime.fromisoformat(data["began"])
+        fingerprint, model = data["fingerprint"], data["model"]
+        if not isinstance(fingerprint, dict) or not isinstance(model, str):
+            raise TypeError
+    except (TypeError, ValueError, LookupError):
+        raise ConfigError(f"{path} is no file of a batch job; remove it and give --force") from None
+    return Before(fingerprint, Beginning(model, at))
 
 
-def write_fingerprint(output: Path, mine: Fingerprint, model: str) -> None:
-    data = json.dumps({"job": job_id(mine), "model": model, "fingerprint": mine}, indent=2)
+def write_fingerprint(output: Path, mine: Fingerprint, start: Beginning) -> None:
+    began = start.at.isoformat(timespec="seconds")
+    data = json.dumps({"job": job_id(mine), "model": start.model, "began": began, "fingerprint": mine}, indent=2)
     replace_with(fingerprint_path(output), [data.encode() + b"\n"])
 
 

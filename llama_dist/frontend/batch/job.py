@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llama_dist.engine.session import Checked
 from llama_dist.errors import ConfigError
 from llama_dist.frontend.batch import outfile
 from llama_dist.frontend.batch.identity import (
+    Beginning,
     changes,
     fingerprint,
     fingerprint_path,
@@ -33,7 +35,10 @@ _NOTHING_DONE = bytes(BLANK if mark == BLANK else TODO for mark in range(256))
 
 @dataclass(frozen=True)
 class Job:
-    """`output` None: stdout. `done` of `total` lines have a record already, `failed` of them an error."""
+    """`output` None: stdout. `done` of `total` lines have a record already, `failed` of them an error.
+
+    `began`: when the job's first run did.
+    """
 
     survey: Survey
     names: Names
@@ -42,6 +47,7 @@ class Job:
     done: int
     failed: int
     lock: Lock | None
+    began: datetime.datetime
 
     @property
     def finished(self) -> bool:
@@ -84,14 +90,14 @@ def open_job(options: BatchOptions, checked: Checked, encoder: Encoder, source: 
     lock = Lock(path) if path is not None else None
     try:
         found = survey(source)
-        if options.strict:
-            check_all(found, encoder, options.input_file)
-        mine = fingerprint(checked, encoder, options.run.seed, found)
-        model = model_name(options.run.ckpt_dir)
+        mine = fingerprint(checked, encoder, options, found)
+        start = Beginning(model_name(options.run.ckpt_dir), datetime.datetime.now().replace(microsecond=0))
         if path is not None:
-            before = _accept(path, mine, options.force)
-            model = model if before is None else before
-            write_fingerprint(path, mine, model)
+            start = _accept(path, mine, options.force) or start
+        if options.strict:
+            check_all(found, replace(encoder, now=start.at), options.input_file)
+        if path is not None:
+            write_fingerprint(path, mine, start)
             failed = restore(path, found, options.retry_failed)
         else:
             failed = 0
@@ -101,11 +107,12 @@ def open_job(options: BatchOptions, checked: Checked, encoder: Encoder, source: 
         raise
     total = found.n_lines - found.marks.count(BLANK, 1)
     left = found.marks.count(TODO, 1) + found.marks.count(REPEATED, 1)
-    return Job(found, Names(job_id(mine), model), path, total, total - left, failed, lock)
+    names = Names(job_id(mine), start.model, options.cached_tokens)
+    return Job(found, names, path, total, total - left, failed, lock, start.at)
 
 
-def _accept(path: Path, mine: dict[str, object], force: bool) -> str | None:
-    """The model's name in results that stand already, None where there are none. ConfigError if they are not ours."""
+def _accept(path: Path, mine: dict[str, object], force: bool) -> Beginning | None:
+    """How results that stand already were begun, None where there are none. ConfigError if they are not ours."""
     standing = [p for p in (path, *outfile.parts_of(path)) if p.exists() and p.stat().st_size]
     if not standing:
         return None
@@ -120,14 +127,13 @@ def _accept(path: Path, mine: dict[str, object], force: bool) -> str | None:
                 "--force takes them as this job's"
             )
         return None
-    changed = changes(mine, before["fingerprint"])
+    changed = changes(mine, before.fingerprint)
     if changed and not force:
         raise ConfigError(
             f"{path} belongs to a job that differs in {'; '.join(changed)}; give another --output_file, "
             "or --force to keep its results and go on"
         )
-    model: str = before["model"]
-    return model
+    return before.start
 
 
 def restore(path: Path, found: Survey, retry_failed: bool) -> int:

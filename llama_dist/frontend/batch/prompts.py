@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,17 @@ from llama_dist.text.chat import Message, encode_dialog
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer with the model's bounds. `chat_format` None: this checkpoint has none, and `no_chat` says so."""
+    """A tokenizer with the model's bounds. `chat_format` None: this checkpoint has none, and `no_chat` says so.
+
+    `now` is the time that a chat template may print, the same for all of a job.
+    """
 
     tokenizer: Tokenizer
     vocab_size: int
     max_seq_len: int
     chat_format: str | None
     no_chat: str = ""
+    now: datetime.datetime | None = None
 
     def prompt(self, value: Any, add_special_tokens: bool) -> tuple[int, ...]:
         """The ids of a prompt: a text, or ids already. RequestError for anything else."""
@@ -39,7 +44,7 @@ class Encoder:
         if not isinstance(messages, list):
             raise values.wrong("messages", messages, "a list of objects with role and content")
         dialog = [_message(at, message) for at, message in enumerate(messages)]
-        return tuple(encode_dialog(self.tokenizer, dialog, self.chat_format))
+        return tuple(encode_dialog(self.tokenizer, dialog, self.chat_format, self.now))
 
     def check_length(self, prompt: tuple[int, ...]) -> None:
         """RequestError, with field `prompt_length` where the prompt is too long."""

@@ -1,8 +1,8 @@
 """Result records: one line of JSON a request, in the shape of OpenAI's batch output.
 
 Nothing in a record depends on when or beside what it was computed, so a job that was killed and resumed writes the
-same bytes as one that was not: ids come from the job and the line, `created` is the line's number and no time, and
-usage does not tell prefix cache hits, which depend on what ran before.
+same bytes as one that was not: ids come from the job and the line, and `created` is the line's number and no time. Only
+where it is asked for does usage tell prefix cache hits, which depend on what ran before.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ __all__ = ["LOWEST", "Names", "count_new", "failure", "success"]
 
 @dataclass(frozen=True)
 class Names:
-    """What a job's records are called by: 16 hex digits of the job, and the model where a request names none."""
+    """What a job's records are called by: 16 hex digits of the job, and the model where a request names none.
+
+    `cached_tokens`: usage counts the prompt tokens that the prefix cache had.
+    """
 
     job: str
     model: str
+    cached_tokens: bool = False
 
 
 def _encode(record: dict[str, Any]) -> bytes:
@@ -58,17 +62,20 @@ def success(names: Names, line: Line, completions: Sequence[Completion], tokeniz
             choice["prompt_token_ids"] = line.prompt
         choices.append(choice)
     new = count_new(line, completions)
+    usage: dict[str, Any] = {
+        "prompt_tokens": len(line.prompt),
+        "completion_tokens": new,
+        "total_tokens": len(line.prompt) + new,
+    }
+    if names.cached_tokens:  # the first answer's: the others find what that one computed
+        usage["prompt_tokens_details"] = {"cached_tokens": completions[0].cached_tokens}
     body = {
         "id": f"{'chatcmpl' if line.chat else 'cmpl'}-{names.job}-{line.number}",
         "object": "chat.completion" if line.chat else "text_completion",
         "created": line.number,
         "model": line.settings.model or names.model,
         "choices": choices,
-        "usage": {
-            "prompt_tokens": len(line.prompt),
-            "completion_tokens": new,
-            "total_tokens": len(line.prompt) + new,
-        },
+        "usage": usage,
     }
     response = {"status_code": 200, "request_id": f"req_{names.job}_{line.number}", "body": body}
     return _encode(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,11 @@ from llama_dist.frontend.batch.prompts import Encoder
 from llama_dist.frontend.batch.results import Names
 from llama_dist.frontend.batch.survey import REPEATED, TODO, Survey
 from llama_dist.frontend.monitor import Finished, Monitor
-from llama_dist.parallel.claims import claimed
-from llama_dist.parallel.control import claim, share
+from llama_dist.parallel.claims import meet
+from llama_dist.parallel.control import claim
 from llama_dist.parallel.world import World
 
 AHEAD, AHEAD_OF_MANY = 4, 2  # batches of requests in flight; fewer where another replica may be free for them sooner
-LOOK_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def serve_share(
         serve(world, engine, desk.inbox, desk.outbox)
         sink.close()
         served = Served(sink.exit_code if isinstance(sink, Standard) else 0, desk.complete)
-    _wait_for_replicas(world)
+    meet(world, "served")  # a slow replica is no dead one
     return served
 
 
@@ -105,18 +103,3 @@ def _lines(world: World, survey: Survey) -> Iterator[tuple[int, bytes]]:
     if world.n_replicas > 1:
         turn = functools.partial(claim, world, "batch")
     return claimed_lines(survey, block_size(left, world.n_replicas), turn)
-
-
-def _wait_for_replicas(world: World) -> None:
-    """Until every replica has come here. Its own ranks keep in touch meanwhile; a slow replica is no dead one."""
-    if world.n_replicas == 1:
-        return
-    if world.mp_rank == 0:
-        claim(world, "served")
-    while True:
-        everyone = None
-        if world.mp_rank == 0:
-            everyone = [claimed(world, "served") == world.n_replicas]
-        if share(world, everyone, world.replica_channel)[0]:
-            return
-        time.sleep(LOOK_SECONDS)
