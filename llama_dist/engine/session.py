@@ -28,6 +28,7 @@ from llama_dist.model.transformer import Transformer
 from llama_dist.parallel.claims import meet
 from llama_dist.parallel.control import agree, collect
 from llama_dist.parallel.launch import read_launch
+from llama_dist.parallel.layers import Part
 from llama_dist.parallel.units import cut_model, units_for
 from llama_dist.parallel.world import World, join, model_parallel_size, pick_device
 from llama_dist.request import Completion, Request
@@ -132,7 +133,8 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
         config.n_heads, config.n_kv_heads, config.hidden_dim, config.vocab_size, units_for(world.mp_size, run.units)
     )
     began = time.monotonic()
-    model = Transformer(config, units, world.mp_rank, world.mp_size, dtype=checked.dtype, device=world.device)
+    part = Part(world.mp_rank, world.mp_size, checked.dtype, world.device, run.reproducible)
+    model = Transformer(config, units, part)
     load(model, reader, progress=world.rank == 0, halted=halted)
     reader.close()
     log.info(

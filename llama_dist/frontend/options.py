@@ -32,6 +32,7 @@ SHARED_HELP: Mapping[str, str] = {
     "chat_format": "chat format in place of the one found: see `inspect`",
     "timeout": "seconds a rank waits for the others before it gives up",
     "check_every": "ticks between two comparisons of what the ranks sampled",
+    "reproducible": "the same bits on any number of ranks, in any batch, after any interruption",
     "verbose": "logs of every rank, and more of them",
     "temperature": "0 is greedy; higher is more varied",
     "top_p": "mass of the nucleus to sample from, 0 to 1",

@@ -12,13 +12,8 @@ from llama_dist.config import ModelConfig
 from llama_dist.model.cache import Batch, KVCache
 from llama_dist.model.norm import RMSNorm
 from llama_dist.model.rope import rotate
-from llama_dist.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from llama_dist.parallel.units import Slice, Units
-
-
-def times(part: Slice, n: int) -> Slice:
-    """A slice of heads as the slice of their rows."""
-    return Slice(part.start * n, part.stop * n, part.padded * n)
+from llama_dist.parallel.layers import ColumnParallelLinear, Part, RowParallelLinear
+from llama_dist.parallel.units import Cut, Slice, Units
 
 
 def attend(
@@ -63,33 +58,24 @@ def attend(
 class Attention(nn.Module):
     """Grouped-query attention over this rank's query heads and the KV heads they read. x [n, dim] -> [n, dim]."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        layer: int,
-        units: Units,
-        rank: int,
-        n_ranks: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int, units: Units, part: Part) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.window = config.sliding_window if layer in config.sliding_layers else None
-        heads, kv = units.heads.of(rank, n_ranks), units.kv_heads(rank, n_ranks)
+        kv = units.kv_heads(part.rank, part.n_ranks)
         self.of_query = kv.of_query
-        rows = times(heads, config.head_dim)
-        kv_rows = times(Slice(kv.start, kv.stop, kv.padded), config.head_dim)
+        rows = Cut(units.heads.size * config.head_dim, units.heads.unit * config.head_dim)
+        mine = rows.of(part.rank, part.n_ranks)
+        kv_rows = Slice(kv.start * config.head_dim, kv.stop * config.head_dim, kv.padded * config.head_dim)
         bias = config.attention_bias
-        self.wq = ColumnParallelLinear(config.dim, rows, bias=bias, dtype=dtype, device=device)
-        self.wk = ColumnParallelLinear(config.dim, kv_rows, bias=bias, dtype=dtype, device=device)
-        self.wv = ColumnParallelLinear(config.dim, kv_rows, bias=bias, dtype=dtype, device=device)
-        self.wo = RowParallelLinear(rows, config.dim, bias=config.attention_out_bias, dtype=dtype, device=device)
+        self.wq = ColumnParallelLinear(config.dim, mine, part, bias=bias)
+        self.wk = ColumnParallelLinear(config.dim, kv_rows, part, bias=bias)
+        self.wv = ColumnParallelLinear(config.dim, kv_rows, part, bias=bias)
+        self.wo = RowParallelLinear(rows, config.dim, part, bias=config.attention_out_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype, device=device)
-            self.k_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype, device=device)
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps, part)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps, part)
 
     def _one(self, q: torch.Tensor, cache: KVCache, batch: Batch, i: int) -> torch.Tensor:
         k, v = cache.read(self.layer, batch, i)

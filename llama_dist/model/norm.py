@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from llama_dist.parallel.layers import Part
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension; the mean in float32, the product with weight in x's dtype."""
 
-    def __init__(self, dim: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dim: int, eps: float, part: Part) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim, dtype=dtype, device=device), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(dim, dtype=part.dtype, device=part.device), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.float()

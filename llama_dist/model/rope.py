@@ -7,6 +7,7 @@ import math
 import torch
 
 from llama_dist.config import ModelConfig, RopeScaling
+from llama_dist.kernels.steady import steady
 
 
 def _llama3(freqs: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
@@ -50,7 +51,7 @@ class Rope:
         if self.scaling is not None and self.scaling.kind == "dynamic":
             freqs = self._dynamic(lengths, self.scaling)
         angles = positions[:, None].float() * freqs
-        return angles.cos()[:, None], angles.sin()[:, None]
+        return steady(torch.cos, angles)[:, None], steady(torch.sin, angles)[:, None]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
