@@ -19,23 +19,24 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger("llama_dist")
 
 SOURCES = Path(__file__).parent / "src"
 # No contraction and no reassociation: what is summed in which order is what the source says.
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fPIC")
 SECONDS = 120  # for a compiler that hangs
 
 
 def compiler() -> str | None:
-    """The C++ compiler: $CXX, else the first of the usual names that there is."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    """The C++ compiler: $CXX, else g++ (whose threads torch's are), else the first of the usual names that there is."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     return next((found for found in map(shutil.which, names) if found), None)
 
 
 def cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "llama_dist"
 
 
@@ -57,17 +58,34 @@ def _key(cxx: str, sources: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _compile(cxx: str, sources: list[Path], target: Path) -> None:
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[:1]
+        raise OSError(f"{command[0]} failed: {' '.join(lines[:1])[:200]}")
+
+
+def compile_to(target: Path, cxx: str, sources: list[Path], *flags: str) -> None:
+    """Compile the .cpp files among `sources` with FLAGS and `flags` into one library, put at `target` when complete."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / target.name
-        units = [str(source) for source in sources if source.suffix == ".cpp"]
-        # -fopenmp is for the compiler only: linked with it, the library would bring a second pool of threads.
-        command = [cxx, *FLAGS, "-nostartfiles", *units, "-o", str(made), "-Wl,--as-needed"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[:1]
-            raise OSError(f"{cxx} failed: {' '.join(lines[:1])[:200]}")
+        objects = []
+        for source in sources:
+            if source.suffix == ".cpp":
+                objects.append(f"{scratch}/{source.stem}.o")
+                _run([cxx, *FLAGS, *flags, "-c", str(source), "-o", objects[-1]])
+        made = f"{scratch}/{target.name}"
+        # Linked without -fopenmp: with it the library would ask for a libgomp, maybe another one than torch's.
+        _run([cxx, "-shared", *objects, "-o", made])
         os.replace(made, target)
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Load compiled kernels; their OpenMP calls go to the library that torch has loaded."""
+    if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+        for name in sorted(name for name in loaded if "omp" in Path(name).name):
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(path))
 
 
 @functools.cache
@@ -94,5 +112,19 @@ def _load() -> ctypes.CDLL:
         with open(folder / "lock", "w") as lock:  # the ranks of a host compile it once
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists():
-                _compile(cxx, sources, target)
-    return ctypes.CDLL(str(target))
+                compile_to(target, cxx, sources)
+    return open_library(target)
+
+
+@functools.cache
+def function(name: str, *arguments: Any) -> Any:
+    """The C function llama_dist_`name`, which takes `arguments` (ctypes types) and returns an int; None without a library.
+
+    A tensor goes in as its `data_ptr()`.
+    """
+    compiled = library()
+    if compiled is None:
+        return None
+    found = getattr(compiled, f"llama_dist_{name}")
+    found.argtypes, found.restype = arguments, ctypes.c_int
+    return found
