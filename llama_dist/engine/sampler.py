@@ -141,5 +141,5 @@ def logprobs_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 def top_logprobs_of(logits: torch.Tensor, n: int) -> list[tuple[int, float]]:
     """(id, logprob) of the `n` likeliest tokens of a row [vocab], likeliest first, ties by rising id."""
-    scores, ids = _by_probability(*logits.topk(min(n, len(logits))))
+    _, ids = _by_probability(*logits.topk(min(n, len(logits))))
     return list(zip(ids.tolist(), logits.log_softmax(0)[ids].tolist(), strict=True))

@@ -190,6 +190,37 @@ class BatchOptions:
 
 
 @dataclass(frozen=True)
+class VerifyOptions:
+    """computes finished results of a reproducible batch job again
+
+    Takes the job's own settings from the file beside its output, on any number of ranks, and says that all of the
+    sample agree, byte for byte, or where the first one that does not departs. Exit code 1 where one does not.
+    """
+
+    run: RunConfig = field(
+        metadata=part(
+            "ckpt_dir",
+            "tokenizer_path",
+            "max_batch_size",
+            "max_batch_tokens",
+            "kv_cache_memory",
+            "prefix_caching",
+            "units",
+            "device",
+            "timeout",
+            "verbose",
+        )
+    )
+    output_file: str = field(metadata=option("the results of `batch --reproducible`"))
+    input_file: str | None = field(default=None, metadata=option("the requests; default: where the job read them"))
+    sample: int = field(default=20, metadata=option("results to compute again, spread over the file"))
+
+    def __post_init__(self) -> None:
+        if self.sample < 1:
+            raise ConfigError(f"--sample is {self.sample}, must be 1 or more")
+
+
+@dataclass(frozen=True)
 class InspectOptions:
     """says what a checkpoint is
 

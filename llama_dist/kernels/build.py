@@ -98,13 +98,17 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def _sources() -> list[Path]:
+    return sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
+
+
 def _load() -> ctypes.CDLL:
     if sys.platform != "linux":
         raise OSError("the C++ kernels are for Linux")
     cxx = compiler()
     if cxx is None:
         raise OSError("there is no C++ compiler; install g++ for more speed")
-    sources = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
+    sources = _sources()
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"kernels-{_key(cxx, sources)}.so"
@@ -128,3 +132,11 @@ def function(name: str, *arguments: Any) -> Any:
     found = getattr(compiled, f"llama_dist_{name}")
     found.argtypes, found.restype = arguments, ctypes.c_int
     return found
+
+
+def build_name() -> str:
+    """What the compiled kernels' bits depend on: a digest of their sources, and the instructions they use."""
+    digest = hashlib.blake2b(digest_size=4)
+    for source in _sources():
+        digest.update(source.read_bytes() + b"\0")
+    return f"C++ kernels {digest.hexdigest()} ({('portable', 'avx512', 'avx512_bf16')[function('instructions')()]})"

@@ -7,31 +7,23 @@ keeps the promise is for a check on the machine to say.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from collections.abc import Callable
+from ctypes import c_int, c_int64, c_void_p
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from llama_dist.kernels.build import library
+from llama_dist.kernels import build
 from llama_dist.kernels.tree import merge, roots
 
 ROWS = 16  # torch's product gets a multiple of so many rows: its kernels differ for fewer
 
 
 @functools.cache
-def _compiled() -> Callable[..., Any] | None:
-    lib = library()
-    if lib is None:
-        return None
-    function = lib.ld_linear
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    x = w = (pointer, size)
-    function.argtypes = [number, *x, *w, pointer, pointer, size, size, number, *[size] * 5, number]
-    function.restype = None
-    return function
+def _compiled() -> Any:
+    x = w = (c_void_p, c_int64)
+    return build.function("linear", c_int, *x, *w, c_void_p, c_void_p, c_int64, c_int64, c_int, *[c_int64] * 5, c_int)
 
 
 def compiled(x: torch.Tensor) -> bool:

@@ -1,4 +1,7 @@
-"""Attention of one layer: projections cut by head units, rotation, cache, scaled dot products a sequence at a time."""
+"""Attention of one layer: projections cut by head units, rotation, cache, scaled dot products.
+
+These are taken over the pages in C++ where that serves, else a sequence at a time in torch's operations.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama_dist.config import ModelConfig
+from llama_dist.kernels import attention as pages
+from llama_dist.kernels.attention import PAGE_SIZE, compiled_for
 from llama_dist.model.cache import Batch, KVCache
 from llama_dist.model.norm import RMSNorm
 from llama_dist.model.rope import rotate
@@ -64,6 +69,7 @@ class Attention(nn.Module):
         self.window = config.sliding_window if layer in config.sliding_layers else None
         kv = units.kv_heads(part.rank, part.n_ranks)
         self.of_query = kv.of_query
+        self.reads = torch.tensor(kv.of_query, dtype=torch.int32)
         rows = Cut(units.heads.size * config.head_dim, units.heads.unit * config.head_dim)
         mine = rows.of(part.rank, part.n_ranks)
         kv_rows = Slice(kv.start * config.head_dim, kv.stop * config.head_dim, kv.padded * config.head_dim)
@@ -90,6 +96,10 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *angles), rotate(k, *angles)
         cache.write(self.layer, batch, k, v)
+        if cache.page_size == PAGE_SIZE and compiled_for(q):
+            keys, values = cache.layers[self.layer]
+            out = pages.attend(q, keys, values, batch.tables, batch.starts, batch.counts, self.reads, self.window or 0)
+            return self.wo(out)  # type: ignore[no-any-return]
         lengths = [span.length for span in batch.spans]
         parts = [self._one(part, cache, batch, i) for i, part in enumerate(torch.split(q, lengths))]
         return self.wo(torch.cat(parts))  # type: ignore[no-any-return]

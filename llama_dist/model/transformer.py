@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama_dist.config import ModelConfig
+from llama_dist.kernels.steady import steady
 from llama_dist.model.attention import Attention
 from llama_dist.model.cache import PAGE_SIZE, Batch, KVCache
 from llama_dist.model.norm import RMSNorm
@@ -33,7 +34,7 @@ class FeedForward(nn.Module):
         self.w3 = ColumnParallelLinear(config.dim, hidden, part, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
+        return self.w2(steady(F.silu, self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):

@@ -132,7 +132,17 @@ template <class D> void run(const Job &job, int threads) {
 
 }  // namespace
 
-extern "C" void ld_linear(int is_bf16, const void *x, int64_t ldx, const void *w, int64_t ldw, const void *bias, void *y,
+extern "C" int llama_dist_instructions() {
+#if LD_AVX512 && defined(__AVX512BF16__)
+    return 2;
+#elif LD_AVX512
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+extern "C" int llama_dist_linear(int is_bf16, const void *x, int64_t ldx, const void *w, int64_t ldw, const void *bias, void *y,
                           int64_t ldy, int64_t plane, int y_f32, int64_t m, int64_t n, int64_t k, int64_t unit,
                           int64_t first, int threads) {
     Job job{x, w, bias, y, ldx, ldw, ldy, plane, m, n, k, unit, first, y_f32 != 0};
@@ -140,4 +150,5 @@ extern "C" void ld_linear(int is_bf16, const void *x, int64_t ldx, const void *w
         run<Bf16>(job, threads);
     else
         run<F32>(job, threads);
+    return 0;
 }
