@@ -1,4 +1,4 @@
-"""The small operations between the matrix products, C++ that computes each row alone, and their twins in torch's own."""
+"""The small operations between the matrix products, C++ a row at a time, and their twins in torch's own."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def rms_norm_twin(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
     return wide.type_as(x) * weight
 
 
-def add_rms_norm(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(
+    x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """x + y, both [n, dim], in their type, and the `rms_norm` of that sum."""
     if not compiled_for(x):
         total = x + y
@@ -90,8 +92,8 @@ def rope_write(
     """Rotate q in place; write k, rotated, and v to their slots [n] (int64) of the cache.
 
     q [n, heads, head_dim]; k, v [n, kv_heads, head_dim]; all of any row stride, such as columns of one fused product.
-    cos, sin float32 [n, head_dim / 2] (half-rotated order); keys, values [kv_heads, n_slots, head_dim]. The bits are the
-    twin's. IndexError if a slot is not in the cache.
+    cos, sin float32 [n, head_dim / 2] (half-rotated order); keys, values [kv_heads, n_slots, head_dim]. Both ways
+    give the same bits. IndexError if a slot is not in the cache.
     """
     if not compiled_for(q):
         return rope_write_twin(q, k, v, cos, sin, keys, values, slots)
