@@ -1,4 +1,4 @@
-"""The three ways of having sixteen lanes (AVX-512, AVX2, a plain array) give the same bits."""
+"""The three ways of having sixteen lanes (AVX-512, AVX2, four plain vectors) give the same bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llama_dist.kernels import attention, build, small
 from tests.kernel_cases import DTYPES, arguments, need_kernels, same_bits, text
 
 NEEDS = {0: {"fma"}, 1: {"avx2", "fma"}, 2: {"avx512f", "avx512bw", "avx512vl", "avx512dq"}}
-"""What a processor must have to run a way; the array is compiled for this one, with its fused multiplication."""
+"""What a processor must have to run a way; way 0 is compiled for this processor too, with its fused multiplication."""
 
 
 def _can() -> list[int]:
