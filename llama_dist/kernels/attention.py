@@ -1,4 +1,4 @@
-"""Attention over the pages of the cache: C++ whose rows do not depend on the batch, and its twin in torch's operations."""
+"""Attention over the pages of the cache: C++ whose rows do not depend on the batch, and its twin in torch's own."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def attend(
 ) -> torch.Tensor:
     """Causal attention of the newest queries of some sequences over all their keys -> [n, heads * head_dim].
 
-    q [n, heads, head_dim], of any row stride: the tokens of span i at positions starts[i] ... starts[i] + lengths[i] - 1,
-    spans laid end to end; keys, values [kv_heads, slots, head_dim], their own keys included; tables [spans, pages] the
-    pages of PAGE_SIZE slots in which each span's sequence lies; of_query [heads] the KV head that a head reads. All
-    four of tables, starts, lengths and of_query are int32 on the CPU. With a window a query sees that many keys, itself
-    the last.
+    q [n, heads, head_dim], of any row stride: the lengths[i] tokens of span i from position starts[i] on, spans laid
+    end to end; keys, values [kv_heads, slots, head_dim], the tokens' own included; tables [spans, pages] the pages of
+    PAGE_SIZE slots in which each span's sequence lies; of_query [heads] the KV head that a head reads. The four of
+    tables, starts, lengths and of_query are int32 on the CPU. With a window a query sees that many keys, itself the
+    last.
 
     In C++ a row's bits depend on its query, its keys and their number alone. IndexError if a page is not in the cache.
     """

@@ -59,7 +59,7 @@ def _key(cxx: str, sources: list[Path]) -> str:
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()[:1]
         raise OSError(f"{command[0]} failed: {' '.join(lines[:1])[:200]}")
@@ -122,10 +122,7 @@ def _load() -> ctypes.CDLL:
 
 @functools.cache
 def function(name: str, *arguments: Any) -> Any:
-    """The C function llama_dist_`name`, which takes `arguments` (ctypes types) and returns an int; None without a library.
-
-    A tensor goes in as its `data_ptr()`.
-    """
+    """The C function llama_dist_`name`, taking `arguments` (ctypes types), returning an int; None without a library."""
     compiled = library()
     if compiled is None:
         return None

@@ -51,6 +51,10 @@ struct Rows {
     int head(int row) const { return job.readers[job.first_reader[tile.kv_head] + (tile.first + row) % n_readers]; }
     int end(int row) const { return job.starts[tile.span] + token(row) + 1; }
     int begin(int row) const { return job.window ? std::max(0, end(row) - job.window) : 0; }
+    long place(int position) const {  // in keys and values, of the page that holds a position
+        const long page = job.tables[long(tile.span) * job.max_pages + position / PAGE];
+        return tile.kv_head * job.head_stride + page * PAGE * job.dim;
+    }
     int first_segment() const { return begin(0) / SEGMENT; }
     int end_segment() const { return (end(tile.rows - 1) - 1) / SEGMENT + 1; }
     bool sees(int row, int segment) const { return begin(row) < (segment + 1) * SEGMENT && end(row) > segment * SEGMENT; }
@@ -66,12 +70,27 @@ INLINE void scale(float *row, int chunks, float by) {
     for (int c = 0; c <= chunks; c++) store(row + c * WIDTH, load(row + c * WIDTH) * factor);
 }
 
-// [n, dim] of a page -> float [chunks][16][16], zero beyond n and dim
+// The weights of a page's keys by their scores, with the row's numbers brought to its new greatest score.
+INLINE Lanes weighed(Lanes scores, float *row, int chunks) {
+    const float now = most(scores), before = most_of(row, chunks);
+    if (now > before) {
+        scale(row, chunks, before - now);
+        most_of(row, chunks) = now;
+    }
+    Lanes weights = exp2(scores - all(most_of(row, chunks)));
+    store(total_of(row, chunks), load(total_of(row, chunks)) + weights);
+    return weights;
+}
+
+// [n, dim] of a page -> float [chunks][16][16], zero beyond n and dim; `next`, the page to come, is called into the cache
 template <class T>
-INLINE void widen(const T *from, int n, int dim, float *to) {
+INLINE void widen(const T *from, const T *next, int n, int dim, float *to) {
     for (int c = 0; c * WIDTH < dim; c++, to += WIDTH * WIDTH) {
         const T *part = from + c * WIDTH;
-        for (int j = 0; j < n; j++) store(to + j * WIDTH, load(part + j * long(dim), dim - c * WIDTH));
+        for (int j = 0; j < n; j++) {
+            __builtin_prefetch(next + j * long(dim) + c * WIDTH);
+            store(to + j * WIDTH, load(part + j * long(dim), dim - c * WIDTH));
+        }
         for (int j = n; j < PAGE; j++) store(to + j * WIDTH, all(0.0f));
     }
 }
@@ -115,7 +134,7 @@ void attend_segment(const Rows<T> &rows, const float *q, int segment, float *sta
     const int chunks = job.chunks(), n = rows.tile.rows, last = rows.end(n - 1);
     const long stride = job.stride(), width = chunks * WIDTH;
     alignas(64) float k[PAGE * MAX_DIM], v[PAGE * MAX_DIM], weights[ROWS * PAGE];
-    int ends[ROWS], begins[ROWS];
+    int ends[ROWS], begins[ROWS], firsts[ROWS], counts[ROWS];
     for (int r = 0; r < n; r++) {
         std::fill(state + r * stride, state + r * stride + width + WIDTH, 0.0f);
         most_of(state + r * stride, chunks) = -INFINITY;
@@ -124,39 +143,29 @@ void attend_segment(const Rows<T> &rows, const float *q, int segment, float *sta
     }
     const int stop = std::min(last, (segment + 1) * SEGMENT);
     for (int base = std::max(segment * SEGMENT, begins[0] / PAGE * PAGE); base < stop; base += PAGE) {
-        long at = rows.tile.kv_head * job.head_stride;
-        at += long(job.tables[long(rows.tile.span) * job.max_pages + base / PAGE]) * PAGE * job.dim;
         const int filled = std::min(PAGE, last - base);
-        widen(job.keys + at, filled, job.dim, k);
-        widen(job.values + at, filled, job.dim, v);
-        int whole = 0;  // rows in a row that see the whole page, not yet weighed
+        const long at = rows.place(base), next = rows.place(std::min(base + PAGE, stop - 1));
+        widen(job.keys + at, job.keys + next, filled, job.dim, k);
+        widen(job.values + at, job.values + next, filled, job.dim, v);
         for (int r = 0; r < n; r++) {
-            const int first = std::max(0, begins[r] - base), end = std::min(PAGE, ends[r] - base);
+            firsts[r] = std::min(std::max(0, begins[r] - base), PAGE);
+            counts[r] = std::max(0, std::min(PAGE, ends[r] - base) - firsts[r]);
+            if (!counts[r]) continue;
+            Lanes scores = dots(q + r * width, k, chunks);
+            if (counts[r] < PAGE) scores = pick(between(firsts[r], firsts[r] + counts[r]), scores, all(-INFINITY));
+            store(weights + r * PAGE, weighed(scores, state + r * stride, chunks));
+        }
+        for (int r = 0, many; r < n; r += many) {
+            many = 1;
+            if (counts[r] == PAGE)
+                while (many < 4 && r + many < n && counts[r + many] == PAGE) many++;
             float *row = state + r * stride;
-            if (first < end) {
-                Lanes scores = dots(q + r * width, k, chunks);
-                if (end - first < PAGE) scores = pick(between(first, end), scores, all(-INFINITY));
-                const float most = most_of(row, chunks), now = ::most(scores);
-                if (now > most) {
-                    scale(row, chunks, most - now);
-                    most_of(row, chunks) = now;
-                }
-                Lanes weight = exp2(scores - all(most_of(row, chunks)));
-                store(weights + r * PAGE, weight);
-                store(total_of(row, chunks), load(total_of(row, chunks)) + weight);
-            }
-            if (end - first == PAGE) whole++;
-            constexpr int R = 4;
-            if (whole == R) {
-                weigh<R>(weights + (r - R + 1) * PAGE, v, 0, PAGE, row - (R - 1) * stride, stride, chunks);
-                whole = 0;
-            } else if (end - first < PAGE || r == n - 1) {
-                int past = r + (end - first == PAGE);
-                for (int i = past - whole; i < past; i++)
-                    weigh<1>(weights + i * PAGE, v, 0, PAGE, state + i * stride, stride, chunks);
-                whole = 0;
-                if (first < end && end - first < PAGE) weigh<1>(weights + r * PAGE, v, first, end, row, stride, chunks);
-            }
+            const float *weight = weights + r * PAGE;
+            const int first = firsts[r], end = first + counts[r];
+            if (many == 4) weigh<4>(weight, v, first, end, row, stride, chunks);
+            if (many == 3) weigh<3>(weight, v, first, end, row, stride, chunks);
+            if (many == 2) weigh<2>(weight, v, first, end, row, stride, chunks);
+            if (many == 1) weigh<1>(weight, v, first, end, row, stride, chunks);
         }
     }
 }

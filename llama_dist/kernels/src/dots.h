@@ -76,14 +76,26 @@ INLINE Lanes dots(const float *q, const float *k, int chunks) {
 
 #else
 
+// The sums of a key's lanes but for the last two steps.
+INLINE Four key(const float *q, const float *k, int chunks) {
+    Lanes s = all(0.0f);
+    for (int c = 0; c < chunks; c++) s = fma(load(q + c * WIDTH), load(k + c * WIDTH * WIDTH), s);
+    return (s.a + s.c) + (s.b + s.d);
+}
+INLINE Four pairs(Four a, Four b) {  // i + 2
+    return __builtin_shuffle(a, b, Signs{0, 1, 4, 5}) + __builtin_shuffle(a, b, Signs{2, 3, 6, 7});
+}
+INLINE Four ones(Four a, Four b) {  // i + 1
+    return __builtin_shuffle(a, b, Signs{0, 2, 4, 6}) + __builtin_shuffle(a, b, Signs{1, 3, 5, 7});
+}
+INLINE Four four(const float *q, const float *k, int chunks) {
+    Four a = pairs(key(q, k, chunks), key(q, k + WIDTH, chunks));
+    return ones(a, pairs(key(q, k + 2 * WIDTH, chunks), key(q, k + 3 * WIDTH, chunks)));
+}
+
 INLINE Lanes dots(const float *q, const float *k, int chunks) {
-    Lanes scores;
-    for (int j = 0; j < WIDTH; j++) {
-        Lanes s = all(0.0f);
-        for (int c = 0; c < chunks; c++) s = fma(load(q + c * WIDTH), load(k + (c * WIDTH + j) * WIDTH), s);
-        scores.v[j] = sum(s);
-    }
-    return scores;
+    return {four(q, k, chunks), four(q, k + 4 * WIDTH, chunks), four(q, k + 8 * WIDTH, chunks),
+            four(q, k + 12 * WIDTH, chunks)};
 }
 
 #endif

@@ -1,4 +1,4 @@
-// Sixteen float lanes, the one shape in which rows are computed: AVX-512, two AVX2 halves, or a plain array.
+// Sixteen float lanes, the one shape in which rows are computed: AVX-512, two AVX2 halves, or four plain vectors.
 //
 // Every operation is exactly rounded lane by lane and sums take one fixed tree, so a row's bits are a function of its own
 // numbers alone. A row's end is computed by the same instructions on lanes filled up with zeros.
@@ -9,7 +9,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-// Which lanes: 2 AVX-512, 1 AVX2, 0 array. A test compiles all three and wants the same bits.
+// Which lanes: 2 AVX-512, 1 AVX2, 0 what every processor has. A test compiles all three and wants the same bits.
 #ifndef LANES
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define LANES 2
@@ -20,7 +20,9 @@
 #endif
 #endif
 
-#if LANES
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#elif defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -136,64 +138,74 @@ INLINE void store(bf16 *p, Lanes x) {
 
 #else
 
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t Signs __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(16)));
+typedef uint16_t Halves __attribute__((vector_size(8)));
+
 struct Lanes {
-    float v[WIDTH];
+    Four a, b, c, d;
 };
 struct Mask {
-    bool v[WIDTH];
+    Signs a, b, c, d;
 };
 
-#ifdef __FP_FAST_FMAF
-INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+template <class V, class T>
+INLINE V read(const T *p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE Four widen(const bf16 *p) { return (Four)(__builtin_convertvector(read<Halves>(p), Words) << 16); }
+INLINE Halves narrow(Four x) {
+    Words bits = (Words)x, even = (bits + ((bits >> 16) & 1u) + 0x7fffu) >> 16;
+    return __builtin_convertvector(x == x ? even : Words{0x7fc0, 0x7fc0, 0x7fc0, 0x7fc0}, Halves);
+}
+INLINE Four fused(Four x, Four y, Four z) {
+#if defined(__ARM_NEON)
+    return (Four)vfmaq_f32((float32x4_t)z, (float32x4_t)x, (float32x4_t)y);
+#elif defined(__FMA__)
+    return (Four)_mm_fmadd_ps((__m128)x, (__m128)y, (__m128)z);
 #else
-INLINE float fused(float a, float b, float c) { return a * b + c; }
+    return x * y + z;
 #endif
+}
+INLINE Four power(Four t) { return (Four)(((Words)t << 23) + 0x3f800000u); }
+INLINE Four more(Four x, Four y) { return x > y ? x : y; }
+INLINE Signs from(Signs at, int first, int last) { return (at >= first) & (at < last); }
 
-#define EACH(type, expression)                        \
-    type r;                                           \
-    for (int i = 0; i < WIDTH; i++) r.v[i] = expression; \
-    return r;
-
-INLINE Lanes all(float x) { EACH(Lanes, x) }
-INLINE Lanes load(const float *p) { EACH(Lanes, p[i]) }
-INLINE float widen(bf16 x) {
-    uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
+INLINE Lanes all(float x) {
+    Four four = {x, x, x, x};
+    return {four, four, four, four};
 }
-INLINE Lanes load(const bf16 *p) { EACH(Lanes, widen(p[i])) }
-INLINE void store(float *p, Lanes a) { memcpy(p, a.v, sizeof a.v); }
-INLINE Lanes operator+(Lanes a, Lanes b) { EACH(Lanes, a.v[i] + b.v[i]) }
-INLINE Lanes operator-(Lanes a, Lanes b) { EACH(Lanes, a.v[i] - b.v[i]) }
-INLINE Lanes operator*(Lanes a, Lanes b) { EACH(Lanes, a.v[i] * b.v[i]) }
-INLINE Lanes operator/(Lanes a, Lanes b) { EACH(Lanes, a.v[i] / b.v[i]) }
-INLINE Lanes fma(Lanes a, Lanes b, Lanes c) { EACH(Lanes, fused(a.v[i], b.v[i], c.v[i])) }
-INLINE Mask operator<(Lanes a, Lanes b) { EACH(Mask, a.v[i] < b.v[i]) }
-INLINE Lanes pick(Mask m, Lanes yes, Lanes no) { EACH(Lanes, m.v[i] ? yes.v[i] : no.v[i]) }
-INLINE Mask between(int first, int last) { EACH(Mask, first <= i && i < last) }
-INLINE float power1(float t) {
-    uint32_t bits;
-    memcpy(&bits, &t, 4);
-    bits = (bits << 23) + 0x3f800000u;
-    memcpy(&t, &bits, 4);
-    return t;
+INLINE Lanes load(const float *p) { return {read<Four>(p), read<Four>(p + 4), read<Four>(p + 8), read<Four>(p + 12)}; }
+INLINE Lanes load(const bf16 *p) { return {widen(p), widen(p + 4), widen(p + 8), widen(p + 12)}; }
+INLINE void store(float *p, Lanes x) { memcpy(p, &x, sizeof x); }
+INLINE void store(bf16 *p, Lanes x) {
+    Halves all[4] = {narrow(x.a), narrow(x.b), narrow(x.c), narrow(x.d)};
+    memcpy(p, all, sizeof all);
 }
-INLINE Lanes power(Lanes t) { EACH(Lanes, power1(t.v[i])) }
-INLINE float most(Lanes a) {
-    float m = a.v[0];
-    for (int i = 1; i < WIDTH; i++) m = m > a.v[i] ? m : a.v[i];
-    return m;
+INLINE Lanes operator+(Lanes x, Lanes y) { return {x.a + y.a, x.b + y.b, x.c + y.c, x.d + y.d}; }
+INLINE Lanes operator-(Lanes x, Lanes y) { return {x.a - y.a, x.b - y.b, x.c - y.c, x.d - y.d}; }
+INLINE Lanes operator*(Lanes x, Lanes y) { return {x.a * y.a, x.b * y.b, x.c * y.c, x.d * y.d}; }
+INLINE Lanes operator/(Lanes x, Lanes y) { return {x.a / y.a, x.b / y.b, x.c / y.c, x.d / y.d}; }
+INLINE Lanes fma(Lanes x, Lanes y, Lanes z) {
+    return {fused(x.a, y.a, z.a), fused(x.b, y.b, z.b), fused(x.c, y.c, z.c), fused(x.d, y.d, z.d)};
 }
-INLINE void store(bf16 *p, Lanes a) {
-    for (int i = 0; i < WIDTH; i++) {
-        uint32_t bits;
-        memcpy(&bits, &a.v[i], 4);
-        bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-        p[i].bits = static_cast<uint16_t>(nan ? 0x7fc0u : (bits + ((bits >> 16) & 1) + 0x7fffu) >> 16);
-    }
+INLINE Mask operator<(Lanes x, Lanes y) { return {x.a < y.a, x.b < y.b, x.c < y.c, x.d < y.d}; }
+INLINE Lanes pick(Mask m, Lanes x, Lanes y) {
+    return {m.a ? x.a : y.a, m.b ? x.b : y.b, m.c ? x.c : y.c, m.d ? x.d : y.d};
 }
-#undef EACH
+INLINE Mask between(int first, int last) {
+    const Signs at = {0, 1, 2, 3};
+    return {from(at, first, last), from(at + 4, first, last), from(at + 8, first, last), from(at + 12, first, last)};
+}
+INLINE Lanes power(Lanes t) { return {power(t.a), power(t.b), power(t.c), power(t.d)}; }
+INLINE float most(Lanes x) {
+    Four m = more(more(x.a, x.c), more(x.b, x.d));
+    float low = m[0] > m[2] ? m[0] : m[2], high = m[1] > m[3] ? m[1] : m[3];
+    return low > high ? low : high;
+}
 
 #endif
 
