@@ -64,9 +64,7 @@ def prepare(options: VerifyOptions) -> Callable[[], int]:
     path = Path(os.path.realpath(options.output_file))
     before = read_before(path)
     if before is None:
-        raise ConfigError(
-            f"--output_file {path}: there is no {fingerprint_path(path).name} beside it, no batch job's end"
-        )
+        raise ConfigError(f"--output_file {path}: there is no {fingerprint_path(path).name} beside it, no batch job")
     if "numeric mode" not in before.fingerprint:
         raise ConfigError(f"{path} is of a job without --reproducible: another run may differ in its last bits")
     run = dataclasses.replace(options.run, reproducible=True, **_settings(before.fingerprint))

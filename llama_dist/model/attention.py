@@ -14,10 +14,10 @@ from torch import nn
 from llama_dist.config import ModelConfig
 from llama_dist.kernels import attention as pages
 from llama_dist.kernels.attention import PAGE_SIZE, compiled_for
+from llama_dist.kernels.small import rope_write
 from llama_dist.model.cache import Batch, KVCache
 from llama_dist.model.norm import RMSNorm
-from llama_dist.model.rope import rotate
-from llama_dist.parallel.layers import ColumnParallelLinear, Part, RowParallelLinear
+from llama_dist.parallel.layers import ColumnParallelLinear, FusedColumns, Part, RowParallelLinear
 from llama_dist.parallel.units import Cut, Slice, Units
 
 
@@ -77,6 +77,7 @@ class Attention(nn.Module):
         self.wq = ColumnParallelLinear(config.dim, mine, part, bias=bias)
         self.wk = ColumnParallelLinear(config.dim, kv_rows, part, bias=bias)
         self.wv = ColumnParallelLinear(config.dim, kv_rows, part, bias=bias)
+        self.wqkv = FusedColumns(self.wq, self.wk, self.wv)
         self.wo = RowParallelLinear(rows, config.dim, part, bias=config.attention_out_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
@@ -91,13 +92,12 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor], cache: KVCache
     ) -> torch.Tensor:
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [n, heads, head_dim]
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.wqkv(x))  # [n, heads, head_dim]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *angles), rotate(k, *angles)
-        cache.write(self.layer, batch, k, v)
+        keys, values = cache.layers[self.layer]
+        rope_write(q, k, v, *angles, keys, values, batch.slots)
         if cache.page_size == PAGE_SIZE and compiled_for(q):
-            keys, values = cache.layers[self.layer]
             out = pages.attend(q, keys, values, batch.tables, batch.starts, batch.counts, self.reads, self.window or 0)
             return self.wo(out)  # type: ignore[no-any-return]
         lengths = [span.length for span in batch.spans]

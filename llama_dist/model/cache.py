@@ -99,12 +99,6 @@ class KVCache:
     def n_bytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
 
-    def write(self, layer: int, batch: Batch, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Put k and v [n, n_kv_heads, head_dim] of the batch's tokens in their slots."""
-        keys, values = self.layers[layer]
-        keys[:, batch.slots] = k.transpose(0, 1)
-        values[:, batch.slots] = v.transpose(0, 1)
-
     def read(self, layer: int, batch: Batch, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values [n_kv_heads, stop, head_dim] of span i's sequence: a view where it lies in one piece."""
         keys, values = self.layers[layer]

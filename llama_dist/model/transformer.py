@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from llama_dist.config import ModelConfig
-from llama_dist.kernels.steady import steady
+from llama_dist.kernels.small import silu_mul
 from llama_dist.model.attention import Attention
 from llama_dist.model.cache import PAGE_SIZE, Batch, KVCache
 from llama_dist.model.norm import RMSNorm
 from llama_dist.model.rope import Rope
 from llama_dist.parallel.layers import (
     ColumnParallelLinear,
+    FusedColumns,
     Part,
     Placement,
     RowParallelLinear,
@@ -32,9 +32,10 @@ class FeedForward(nn.Module):
         self.w1 = ColumnParallelLinear(config.dim, hidden, part, bias=bias)
         self.w2 = RowParallelLinear(units.hidden, config.dim, part, bias=bias)
         self.w3 = ColumnParallelLinear(config.dim, hidden, part, bias=bias)
+        self.w13 = FusedColumns(self.w1, self.w3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(steady(F.silu, self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
+        return self.w2(silu_mul(*self.w13(x)))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -50,8 +51,8 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor], cache: KVCache
     ) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), batch, angles, cache)
-        return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
+        x, normed = self.ffn_norm.of_sum(x, self.attention(self.attention_norm(x), batch, angles, cache))
+        return x + self.feed_forward(normed)  # type: ignore[no-any-return]
 
 
 class Transformer(nn.Module):

@@ -18,7 +18,7 @@ from fairscale.nn.model_parallel import initialize as fs
 from fairscale.nn.model_parallel import layers as fs_layers
 from torch import nn
 
-from llama_dist.kernels.linear import linear, unit_sums
+from llama_dist.kernels.linear import compiled, linear, unit_sums
 from llama_dist.kernels.tree import Node, roots, total
 from llama_dist.parallel.control import guarded
 from llama_dist.parallel.units import Cut, Slice
@@ -33,6 +33,9 @@ class Part:
     dtype: torch.dtype
     device: torch.device
     reproducible: bool = False
+
+
+FEW_ROWS = 16  # up to so many the project's kernel is faster than torch's, beyond it is not
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,13 @@ def total_of_ranks(sums: torch.Tensor, nodes: Sequence[Sequence[Node]]) -> torch
     return y
 
 
+def product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, reproducible: bool) -> torch.Tensor:
+    """x [n, k] times w [m, k] transposed: by the project's own kernel where it must be, or is the faster one."""
+    if reproducible or (len(x) <= FEW_ROWS and compiled(x)):
+        return linear(x, w, bias)
+    return F.linear(x, w, bias)
+
+
 class ColumnParallelLinear(fs_layers.ColumnParallelLinear):  # type: ignore[misc]
     """y = x W^T + b with the rows of W cut: x [n, in_features] -> [n, rows.padded], this rank's rows only.
 
@@ -102,9 +112,31 @@ class ColumnParallelLinear(fs_layers.ColumnParallelLinear):  # type: ignore[misc
         self.placements = {"weight": Placement(0, rows.start, rows.stop), "bias": Placement(0, rows.start, rows.stop)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.reproducible:
-            return linear(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        return product(x, self.weight, self.bias, self.reproducible)
+
+
+class FusedColumns(nn.Module):
+    """Several column-parallel layers of one input, whose weights lie in one tensor and are read by one product.
+
+    It holds no parameters of its own: those of `layers` are views of its tensors. x [n, in_features] -> each one's y.
+    """
+
+    def __init__(self, *layers: ColumnParallelLinear) -> None:
+        super().__init__()
+        self.sizes = [layer.output_size_per_partition for layer in layers]
+        self.reproducible = layers[0].reproducible
+        self.weight = torch.cat([layer.weight for layer in layers])
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        for layer, rows in zip(layers, torch.split(self.weight, self.sizes), strict=True):
+            layer.weight = nn.Parameter(rows, requires_grad=False)
+        for layer, entries in zip(
+            layers, () if self.bias is None else torch.split(self.bias, self.sizes), strict=False
+        ):
+            layer.bias = nn.Parameter(entries, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.split(product(x, self.weight, self.bias, self.reproducible), self.sizes, 1)
 
 
 class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
@@ -136,7 +168,7 @@ class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
             sums = unit_sums(x[:, :width], self.weight[:, :width], self.unit, self.first)
             y = total_of_ranks(sums, self.nodes).to(x.dtype)
         else:
-            y = reduce(F.linear(x, self.weight))
+            y = reduce(product(x, self.weight, None, False))
         return y if self.bias is None else y + self.bias
 
 
