@@ -126,7 +126,7 @@ class FusedColumns(nn.Module):
         self.sizes = [layer.output_size_per_partition for layer in layers]
         self.reproducible = layers[0].reproducible
         self.weight = torch.cat([layer.weight for layer in layers])
-        biases = [layer.bias for layer in layers if layer.bias is not None]
+        biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases else None
         for layer, rows in zip(layers, torch.split(self.weight, self.sizes), strict=True):
             layer.weight = nn.Parameter(rows, requires_grad=False)
