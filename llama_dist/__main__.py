@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from llama_dist import cli
 from llama_dist.errors import ConfigError, LlamaDistError
-from llama_dist.parallel.launch import read_launch
+from llama_dist.parallel.launch import check_launch, read_launch
 
 MUTE_RANK_WAITS = 1.0  # seconds; a launcher stops the other ranks when one ends, and rank 0 is to have its say first
 
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         launch = read_launch()
         rank, local_rank = launch.rank, launch.local_rank
+        check_launch(launch)
         line = cli.parse(sys.argv[1:] if argv is None else argv)
     except ConfigError as err:
         return refuse(err, rank, speaks=rank == 0)

@@ -32,11 +32,17 @@ class Board:
         self._rank = rank
         self._beats: dict[int, tuple[int, float]] = {}
         self._asker: threading.Thread | None = None
+        self._answered = time.monotonic()
 
     @property
     def frozen(self) -> bool:
         """The store has not answered the last question yet, though its time is over."""
         return self._asker is not None and self._asker.is_alive()
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the store last answered. It is asked every beat."""
+        return time.monotonic() - self._answered
 
     def _ask(self, question: Callable[[Any], T], otherwise: T) -> T:
         if self.frozen:
@@ -52,7 +58,10 @@ class Board:
         self._asker = threading.Thread(target=ask, daemon=True)
         self._asker.start()
         self._asker.join(ANSWER)
-        return answers[0] if answers else otherwise
+        if not answers:
+            return otherwise
+        self._answered = time.monotonic()
+        return answers[0]
 
     def beat(self) -> None:
         """This rank lives."""

@@ -27,7 +27,7 @@ from typing import NoReturn
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from llama_dist.errors import LlamaDistError, PeerLost
-from llama_dist.parallel.board import Board
+from llama_dist.parallel.board import ANSWER, Board
 from llama_dist.parallel.launch import Launch, read_launch
 
 log = logging.getLogger("llama_dist")
@@ -204,6 +204,10 @@ class Watch:
             self.finish(str(self.lost), PeerLost.exit_code)
         if self._parent is not None and os.getppid() != self._parent:
             self.finish("the launcher died", 1)
+        if number == signal.SIGTERM and self._board is not None and self._board.silence > SILENT + ANSWER:
+            # torchrun itself gives up a minute after the store's host is gone: that is no wish to drain.
+            quiet = f"{self._cards[0]} does not answer: no word from its host for {self._board.silence:.0f} s"
+            self.finish(quiet, PeerLost.exit_code)
         if self._drains and number in (signal.SIGTERM, signal.SIGUSR1):
             if not self.draining.is_set():
                 self._drain()
