@@ -26,7 +26,8 @@
 #
 # A machine that dies ends the job on all others with one line that names its ranks, a cut cable does after --timeout
 # seconds. Then type the same lines again, on as many machines as there are left: `batch` goes on where it stopped.
-# torchrun's --max-restarts works on one machine only, so there is no flag for it here.
+# Without --node_rank, torchrun itself may wait for minutes on the far side of a cut cable when its ranks have ended:
+# kill it. Its --max-restarts works on one machine only, so there is no flag for it here.
 #
 # Told to stop, torchrun ends all ranks and leaves with 1, whatever they say; after 30 seconds it kills them. This
 # script leaves with their 75 (run me again) where the job's status file says that it was preempted.

@@ -1,6 +1,6 @@
 """Nodes of a cluster on one machine: network namespaces with addresses and host names of their own, on one bridge.
 
-Needs root and Debian's iproute2. Processes of different nodes share nothing but the files; a node's death is the
+Needs root and Debian's iproute2. Processes of different nodes share nothing but files and kernel; a node's death is the
 kill of all its processes, a broken cable its link set down.
 """
 
@@ -113,7 +113,8 @@ class Nodes:
         self, node: int, command: Sequence[str], log: Path, env: Mapping[str, str], append: bool = True
     ) -> subprocess.Popen[str]:
         """A command on a node; what it prints goes to `log`."""
-        named = ["unshare", "--uts", "sh", "-c", f'hostname {self.name(node)}; exec "$@"', "sh", *command]
+        own = ["--uts", "--pid", "--fork", "--mount-proc", "--kill-child"]  # or ranks would watch each other's pids
+        named = ["unshare", *own, "sh", "-c", f'hostname {self.name(node)}; exec "$@"', "sh", *command]
         with log.open("a" if append else "w") as out:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", self.space(node), *named],
@@ -144,11 +145,11 @@ class Nodes:
             time.sleep(0.02)
 
     def _named(self, node: int, word: str) -> list[int]:
-        """Processes of the node that have `word` among those of their command."""
+        """Processes of the node that have `word` among the first of their command."""
         found = []
         for pid in self.pids(node):
             with contextlib.suppress(OSError):
-                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:4]
                 if any(w == word or w.endswith(f"/{word}") for w in words):
                     found.append(pid)
         return found

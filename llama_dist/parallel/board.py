@@ -32,17 +32,13 @@ class Board:
         self._rank = rank
         self._beats: dict[int, tuple[int, float]] = {}
         self._asker: threading.Thread | None = None
-        self._answered = time.monotonic()
+        self.gone = False
+        """The last question found no store: the process that keeps it has ended."""
 
     @property
     def frozen(self) -> bool:
         """The store has not answered the last question yet, though its time is over."""
         return self._asker is not None and self._asker.is_alive()
-
-    @property
-    def silence(self) -> float:
-        """Seconds since the store last answered. It is asked every beat."""
-        return time.monotonic() - self._answered
 
     def _ask(self, question: Callable[[Any], T], otherwise: T) -> T:
         if self.frozen:
@@ -52,16 +48,16 @@ class Board:
         def ask() -> None:
             try:
                 answers.append(question(self._store))
-            except RuntimeError as err:  # the store is gone; whose death that was is noticed by pidfd or collective
+                self.gone = False
+            except RuntimeError as err:
+                # That an answer took too long is an error too, yet its store is there.
+                self.gone = "timeout" not in str(err).lower() and "timed out" not in str(err)
                 log.debug("store: %s", err)
 
         self._asker = threading.Thread(target=ask, daemon=True)
         self._asker.start()
         self._asker.join(ANSWER)
-        if not answers:
-            return otherwise
-        self._answered = time.monotonic()
-        return answers[0]
+        return answers[0] if answers else otherwise
 
     def beat(self) -> None:
         """This rank lives."""

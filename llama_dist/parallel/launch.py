@@ -93,13 +93,13 @@ def _pod(env: Mapping[str, str]) -> Launch | None:
 def check_launch(launch: Launch) -> None:
     """ConfigError where the ranks were started in a way that cannot work.
 
-    After a failure each of torchrun's agents counts its own restarts, and a node that came back counts from 0, so ranks
-    of several nodes would not know each other's attempt and wait for ever; one agent's ranks agree.
+    torchrun's agents on several nodes count restarts each for itself, and ranks find each other by that count. When a
+    whole node dies, those left wait for it without starting any rank, also when it is back (tried: over a minute).
     """
     if launch.max_restarts and launch.local_size < launch.size:
         raise ConfigError(
-            f"--max-restarts {launch.max_restarts} works on one node only: the agents of several count their restarts "
-            "apart; leave it out and run the same command again, `batch` goes on where it stopped"
+            f"--max-restarts {launch.max_restarts} works on one node only: of several, those that are left wait "
+            "for a lost one; leave it out and run the same command again, `batch` goes on where it stopped"
         )
 
 

@@ -27,7 +27,7 @@ from typing import NoReturn
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from llama_dist.errors import LlamaDistError, PeerLost
-from llama_dist.parallel.board import ANSWER, Board
+from llama_dist.parallel.board import Board
 from llama_dist.parallel.launch import Launch, read_launch
 
 log = logging.getLogger("llama_dist")
@@ -204,10 +204,6 @@ class Watch:
             self.finish(str(self.lost), PeerLost.exit_code)
         if self._parent is not None and os.getppid() != self._parent:
             self.finish("the launcher died", 1)
-        if number == signal.SIGTERM and self._board is not None and self._board.silence > SILENT + ANSWER:
-            # torchrun itself gives up a minute after the store's host is gone: that is no wish to drain.
-            quiet = f"{self._cards[0]} does not answer: no word from its host for {self._board.silence:.0f} s"
-            self.finish(quiet, PeerLost.exit_code)
         if self._drains and number in (signal.SIGTERM, signal.SIGUSR1):
             if not self.draining.is_set():
                 self._drain()
@@ -295,6 +291,9 @@ class Watch:
             stuck = [self._cards[rank] for rank, quiet in silences.items() if quiet > SILENT]
             if self._board.frozen and not stuck:
                 stuck = self._cards[:1]  # the store answers no more: who keeps it is stuck (or torchrun, with all)
+            if self._board.gone and self.lost is None and 0 not in self._pidfds.values() and self.rank:
+                self._stuck = frozenset({0})
+                return PeerLost(f"{self._cards[0]} is gone, and the ranks' store with it ({err})")
             if stuck:
                 self._stuck = frozenset(c.rank for c in stuck)
                 return PeerLost(f"{stuck[0]} does not answer ({err})")
