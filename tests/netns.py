@@ -41,14 +41,14 @@ def _ip(*words: str) -> None:
 
 
 class Nodes:
-    """`count` nodes, node i at 10.77.0.(i + 1) and called node-i. Use as a context: all is taken down at the end.
+    """`count` nodes, node i at 10.77.0.(i + 1) and called PREFIX-i. Use as a context: all is taken down at the end.
 
     `hosts` 'names': every node knows the others' names. 'loopback': each knows its own name only, as 127.0.1.1, which
-    is how Debian installs a machine.
+    is how Debian installs a machine. `domains`: with 'names', each has the names PREFIX-i.DOMAIN too.
     """
 
-    def __init__(self, count: int, hosts: str = "names") -> None:
-        self.count, self._hosts = count, hosts
+    def __init__(self, count: int, hosts: str = "names", prefix: str = "node", domains: Sequence[str] = ()) -> None:
+        self.count, self._hosts, self._prefix, self._domains = count, hosts, prefix, domains
         self._tag = f"llama-{os.getpid()}-{next(_numbers)}"
         self._folders: list[Path] = []
         self.started: list[subprocess.Popen[str]] = []
@@ -56,9 +56,8 @@ class Nodes:
     def space(self, node: int) -> str:
         return f"{self._tag}-{node}"
 
-    @staticmethod
-    def name(node: int) -> str:
-        return f"node-{node}"
+    def name(self, node: int) -> str:
+        return f"{self._prefix}-{node}"
 
     @staticmethod
     def address(node: int) -> str:
@@ -90,7 +89,9 @@ class Nodes:
             self._folders.append(folder)
             lines = ["127.0.0.1 localhost"]
             if self._hosts == "names":
-                lines += [f"{self.address(i)} {self.name(i)}" for i in range(self.count)]
+                for i in range(self.count):
+                    names = [self.name(i), *(f"{self.name(i)}.{domain}" for domain in self._domains)]
+                    lines.append(f"{self.address(i)} {' '.join(names)}")
             else:
                 lines.append(f"127.0.1.1 {self.name(node)}")
             (folder / "hosts").write_text("\n".join(lines) + "\n")
