@@ -43,7 +43,7 @@ class Rope:
         beyond = lengths.clamp(min=scaling.original_max_position).float() / scaling.original_max_position
         dim = 2 * len(self.exponents)
         # A length at a time: the last bit of a power may depend on where in a tensor it stands.
-        each, which = beyond.unique(return_inverse=True)
+        each, which = beyond.unique(return_inverse=True)  # type: ignore[no-untyped-call]
         bases = [
             self.theta * (scaling.factor * x - (scaling.factor - 1)) ** (dim / (dim - 2)) for x in torch.split(each, 1)
         ]
