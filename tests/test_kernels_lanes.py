@@ -31,9 +31,10 @@ def ways(tmp_path_factory: pytest.TempPathFactory) -> list[ctypes.CDLL]:
         pytest.skip("this processor has one way only")
     folder = tmp_path_factory.mktemp("lanes")
     sources = [build.SOURCES / "attention.cpp", build.SOURCES / "small.cpp"]
-    for way in _can():
+    others = _can()[:-1]  # the last is what the package compiled
+    for way in others:
         build.compile_to(folder / f"{way}.so", cxx, sources, f"-DLANES={way}")
-    return [build.open_library(folder / f"{way}.so") for way in _can()]
+    return [build.open_library(folder / f"{way}.so") for way in others]
 
 
 @pytest.fixture
