@@ -80,22 +80,23 @@ template <class T> inline void put(const Job &job, int plane, int64_t m, int64_t
         static_cast<float *>(job.y)[at] = v;
 }
 
-// MR rows by NR columns from (m, n): MR * NR is at most 16, and columns go in groups of G.
+// MR rows by NR columns from (m, n); columns go in groups of G.
 template <class D, int MR, int NR, int G> inline void tile(const Job &job, int64_t m, int64_t n) {
     using T = typename D::T;
-    static_assert(MR * NR <= 16 && NR % G == 0, "a tile has sixteen sums");
+    static_assert(NR % G == 0, "columns go in whole groups");
+    constexpr int N_SUMS = (MR * NR + 15) / 16;
     const T *x = static_cast<const T *>(job.x) + m * job.ldx, *w = static_cast<const T *>(job.w) + n * job.ldw;
-    Tree tree;
+    Tree tree[N_SUMS];
     for (int64_t start = 0, unit = job.first; start < job.k; start += job.unit, unit++) {
         int64_t k = std::min(job.unit, job.k - start);
-        V acc[16];
-        for (int i = MR * NR; i < 16; i++) acc[i] = zero();
+        V acc[16 * N_SUMS];
+        for (int i = MR * NR; i < 16 * N_SUMS; i++) acc[i] = zero();
         for (int g = 0; g < NR; g += G) dots<D, MR, G>(x + start, job.ldx, w + g * job.ldw + start, job.ldw, k, acc + g, NR);
-        tree.push(sums(acc), unit);
+        for (int s = 0; s < N_SUMS; s++) tree[s].push(sums(acc + 16 * s), unit);
     }
-    for (int plane = 0; plane < tree.size; plane++) {
-        float out[16];
-        store(out, tree.values[plane]);
+    for (int plane = 0; plane < tree[0].size; plane++) {
+        float out[16 * N_SUMS];
+        for (int s = 0; s < N_SUMS; s++) store(out + 16 * s, tree[s].values[plane]);
         for (int i = 0; i < MR; i++)
             for (int j = 0; j < NR; j++) put<T>(job, plane, m + i, n + j, out[i * NR + j]);
     }
@@ -107,10 +108,12 @@ template <class D, int MR, int NR, int G> inline void columns(const Job &job, in
 }
 
 template <class D> void block(const Job &job, int64_t m, int64_t m_end, int64_t n, int64_t n_end) {
-    int64_t whole = m + (m_end - m) / 4 * 4;
-    for (int64_t j = n; m < whole && j < n_end; j += 4) {
-        int64_t j_end = std::min(j + 4, n_end);
-        for (int64_t i = m; i < whole; i += 4) columns<D, 4, 4, 4>(job, i, j, j_end);
+    // Wide tiles read less and narrow ones sum up cheaper, which counts where units are short; the bits are the same.
+    int64_t whole = m + (m_end - m) / 4 * 4, step = job.unit < 512 ? 4 : 6;
+    for (int64_t j = n; m < whole && j < n_end; j += step) {
+        int64_t j_end = std::min(j + step, n_end);
+        for (int64_t i = m; i < whole; i += 4)
+            step == 4 ? columns<D, 4, 4, 4>(job, i, j, j_end) : columns<D, 4, 6, 6>(job, i, j, j_end);
     }
     m = whole;
     if (m_end - m >= 2) columns<D, 2, 8, 4>(job, m, n, n_end), m += 2;
