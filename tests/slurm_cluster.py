@@ -121,7 +121,11 @@ class Cluster:
         for node in NODES:
             self._daemon("slurmd", "-D", "-N", node)
         ready = " ".join(["idle"] * len(NODES))
-        until(lambda: " ".join(self.try_call("sinfo", "-hNp", "main", "-o", "%T").split()) == ready, self.logs, START_WITHIN)
+        until(
+            lambda: " ".join(self.try_call("sinfo", "-hNp", "main", "-o", "%T").split()) == ready,
+            self.logs,
+            START_WITHIN,
+        )
 
     def _daemon(self, *command: str) -> None:
         with (self.folder / "daemons.log").open("a") as log:

@@ -54,7 +54,14 @@ class Job:
         folder.mkdir(exist_ok=True)
         (folder / "in.jsonl").write_text(lines(n_lines))
         self.command = ["batch", "--ckpt_dir", checkpoint, "--input_file", "in.jsonl", "--output_file=out.jsonl"]
-        self.command += ["--dtype=float32", "--device=cpu", "--max_seq_len=192", "--max_batch_size=4", "--grace=3", *flags]
+        self.command += [
+            "--dtype=float32",
+            "--device=cpu",
+            "--max_seq_len=192",
+            "--max_batch_size=4",
+            "--grace=3",
+            *flags,
+        ]
 
     def submit(self, *flags: str, script: Path = SCRIPT, **env: str) -> str:
         """The id of the job."""
@@ -98,7 +105,10 @@ def whole(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list
     for n in (12, 60):
         folder = tmp_path_factory.mktemp("whole")
         job = Job(None, tiny, folder, n)  # type: ignore[arg-type]
-        argv = [a.replace("out.jsonl", str(folder / "out.jsonl")).replace("in.jsonl", str(folder / "in.jsonl")) for a in job.command]
+        argv = [
+            a.replace("out.jsonl", str(folder / "out.jsonl")).replace("in.jsonl", str(folder / "in.jsonl"))
+            for a in job.command
+        ]
         ended = run_command(2, argv, folder)
         assert ended.codes == [0, 0], ended.log
         found[n] = job.records()
@@ -202,6 +212,32 @@ def test_a_signal_that_reaches_the_step_s_first_process_only(
         assert not re.search("second SIGTERM|SIGUSR1", job.log())
     finally:
         slurm.close()
+
+
+def test_an_array_loses_a_task_requeues_one_and_is_joined_late(
+    slurm: Cluster, tiny: str, whole: dict[int, list[str]], tmp_path: Path
+) -> None:
+    job = Job(slurm, tiny, tmp_path, 60, "--lease_timeout=4", "--log_every=1")
+    array = job.submit("--array=0-1", script=ARRAY)
+    tasks = [f"{array}_{i}" for i in range(2)]
+    for task in tasks:
+        until(lambda task=task: (tmp_path / f"out.jsonl.task-{task}.status.json").exists(), job.log, SOON)  # type: ignore[misc]
+    # One task goes by the number of the whole array: requeueing that number would take the other along.
+    (stopped,) = [task for task in tasks if slurm.show(task)["JobId"] == array]
+    (lost,) = set(tasks) - {stopped}
+    slurm.call("scancel", "--signal=KILL", f"{slurm.show(lost)['JobId']}.0")
+    slurm.call("scancel", "--signal=USR1", stopped)
+    late = job.submit("--array=5", script=ARRAY)
+    until(lambda: slurm.show(stopped)["Restarts"] == "1", job.log, SOON)
+    job.end(lost, "FAILED")
+    assert slurm.show(lost)["Restarts"] == "0"
+    assert job.status(f"out.jsonl.task-{lost}.status.json")["state"] != "completed"
+    for task in (stopped, f"{late}_5"):
+        job.end(task, "COMPLETED")
+        assert job.status(f"out.jsonl.task-{task}.status.json")["state"] == "completed"
+    assert job.status()["state"] == "completed"
+    assert job.records() == whole[60]
+    assert not list(tmp_path.glob("out.jsonl.part*")) and not (tmp_path / "out.jsonl.leases").exists()
 
 
 @pytest.mark.parametrize(("tasks", "nodes"), [(2, 1), (3, 2)])
