@@ -173,6 +173,8 @@ class Watch:
     def detach(self) -> None:
         """This rank leaves in order: the others must not take its end for a death."""
         self._leaving = True
+        if self._drains and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Python's own end would take the handler away: a death
         if self._board is not None:
             self._board.leave()
             self._board = None
