@@ -113,9 +113,8 @@ def fingerprint_path(output: Path) -> Path:
     return output.with_name(output.name + ".job.json")
 
 
-def read_before(output: Path) -> Before | None:
-    """What the run before was, None where there is none. ConfigError for a damaged file."""
-    path = fingerprint_path(output)
+def read_before(path: Path) -> Before | None:
+    """What a file says the run before was, None where there is none. ConfigError for a damaged file."""
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -134,10 +133,14 @@ def read_before(output: Path) -> Before | None:
     return Before(fingerprint, Beginning(model, at))
 
 
-def write_fingerprint(output: Path, mine: Fingerprint, start: Beginning) -> None:
+def fingerprint_text(mine: Fingerprint, start: Beginning) -> bytes:
     began = start.at.isoformat(timespec="seconds")
     data = json.dumps({"job": job_id(mine), "model": start.model, "began": began, "fingerprint": mine}, indent=2)
-    replace_with(fingerprint_path(output), [data.encode() + b"\n"])
+    return data.encode() + b"\n"
+
+
+def write_fingerprint(output: Path, mine: Fingerprint, start: Beginning) -> None:
+    replace_with(fingerprint_path(output), [fingerprint_text(mine, start)])
 
 
 def model_name(ckpt_dir: str) -> str:
