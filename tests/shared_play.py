@@ -98,11 +98,20 @@ def run_all(*tasks: Task) -> None:
         left = [run for run in left if next(run, "ended") != "ended"]
 
 
+def _kind(name: str, args: tuple[Any, ...]) -> str:
+    """What a call changes, in a word or two."""
+    if name in ("write", "pwrite", "fsync"):
+        named = os.readlink(f"/proc/self/fd/{args[0]}")
+        return f"{name} {'part' if '.part-' in named else Path(named).suffix[1:]}"
+    last = Path(args[1 if name in ("link", "replace") else 0])
+    return f"{name} {'output' if last.name == 'out.jsonl' else last.suffix[1:]}"
+
+
 class Struck:
     """Does `act` at the `at`-th system call of a task that changes the disk, before it, or half-way through a write."""
 
     def __init__(self, monkeypatch: Any, at: int, act: Callable[[], None]) -> None:
-        self.left, self.armed, self.struck, self._act = at, False, False, act
+        self.left, self.armed, self.struck, self.dead, self._act = at, False, "", False, act
         fake = SimpleNamespace(**{name: getattr(os, name) for name in dir(os)})
         for name in CALLS:
             setattr(fake, name, lambda *args, name=name: self._call(name, *args))
@@ -113,16 +122,25 @@ class Struck:
 
     def _call(self, name: str, *args: Any) -> Any:
         real = getattr(os, name)
+        if self.dead:  # nothing cleans up after kill -9
+            raise Killed
         if self.armed:
             self.left -= 1
             if self.left == 0:
-                self.struck, self.armed = True, False
+                self.struck, self.armed = _kind(name, args), False
                 if name == "write" and len(args[1]) > 1:
                     half = real(args[0], args[1][: len(args[1]) // 2])
-                    self._act()
+                    self._strike()
                     return half + real(args[0], args[1][half:])
-                self._act()
+                self._strike()
         return None if name == "fsync" else real(*args)
+
+    def _strike(self) -> None:
+        try:
+            self._act()
+        except Killed:
+            self.dead = True
+            raise
 
     def run(self, task: Task, between: Callable[[], None] = lambda: None) -> bool:
         """The whole of a task, struck on the way; False where that ended it."""
@@ -132,6 +150,7 @@ class Struck:
             try:
                 ended = next(run, "ended") == "ended"
             except Killed:
+                self.dead = False
                 task.bury()
                 return False
             finally:
