@@ -155,7 +155,7 @@ def test_struck_at_every_system_call(
 def test_all_killed_and_resumed_in_any_way(
     source: Path, output: Path, whole: bytes, then: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for at in (8, 31, 50, 75):
+    for at in (5, 12, 20, 40):
         clean(output)
         with monkeypatch.context() as patch:
 
