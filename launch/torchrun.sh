@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One llama_dist command on the devices of this machine:
 #   launch/torchrun.sh [--nproc_per_node N] COMMAND [--flag value ...]
-# N defaults to the number of GPUs here, or 1. Several machines: call torchrun itself, see `llama_dist plan`.
+# N defaults to the number of GPUs here, or 1. Several machines: launch/multinode.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 

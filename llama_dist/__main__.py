@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from llama_dist import cli
 from llama_dist.errors import ConfigError, LlamaDistError
-from llama_dist.parallel.launch import read_launch
+from llama_dist.parallel.launch import check_launch, read_launch
 
 MUTE_RANK_WAITS = 1.0  # seconds; a launcher stops the other ranks when one ends, and rank 0 is to have its say first
 
@@ -39,13 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, run. Returns the exit code: 0, 2 for what the user can mend, 1 for the rest."""
     # torch's C++ warns at length of connections that a failed peer closed; who failed, the watch says in one line
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    rank, local_rank = 0, 0
+    rank, local_rank, speaks = 0, 0, True
     try:
         launch = read_launch()
         rank, local_rank = launch.rank, launch.local_rank
+        speaks = rank == 0 and launch.attempt == 0  # of what is the same in every attempt, the first has told
+        check_launch(launch)
         line = cli.parse(sys.argv[1:] if argv is None else argv)
     except ConfigError as err:
-        return refuse(err, rank, speaks=rank == 0)
+        return refuse(err, rank, speaks)
     if line.help is not None:
         if rank == 0:
             print(line.help)

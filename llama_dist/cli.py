@@ -18,13 +18,14 @@ COMMANDS: Mapping[str, type] = {
     "generate": options.GenerateOptions,
     "chat": options.ChatOptions,
     "batch": options.BatchOptions,
+    "verify": options.VerifyOptions,
     "inspect": options.InspectOptions,
     "plan": options.PlanOptions,
     "convert": options.ConvertOptions,
 }
 """Each command has a module of its name in `frontend`, whose `prepare(options)` checks all and returns the work."""
 
-ON_RANKS = frozenset({"generate", "chat", "batch"})
+ON_RANKS = frozenset({"generate", "chat", "batch", "verify"})
 """The commands that several ranks run together; the others are one process."""
 
 HELP_WORDS = ("--help", "-h", "help")

@@ -80,7 +80,8 @@ class RunConfig:
     computed once.
     `model_parallel_size` None: all ranks hold one copy of the model together; smaller than the world: replicas.
     `units` None: 8, or the model-parallel size where that is larger. `timeout` in seconds bounds every collective.
-    `check_every`: ticks between two comparisons of what the ranks sampled.
+    `check_every`: ticks between two comparisons of what the ranks sampled. `reproducible`: the same bits on any number
+    of ranks, in any batch.
     """
 
     ckpt_dir: str
@@ -98,6 +99,7 @@ class RunConfig:
     chat_format: str | None = None
     timeout: float = 120.0
     check_every: int = 16
+    reproducible: bool = False
     verbose: bool = False
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "llama_dist"
 MAX_LINES = 450
 
 FLOORS = {
-    **dict.fromkeys(("errors", "config", "request"), 0),
+    **dict.fromkeys(("errors", "config", "request", "kernels"), 0),
     **dict.fromkeys(("parallel", "text", "quant"), 1),
     "model": 2,
     "checkpoint": 3,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import re
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -413,8 +413,7 @@ def test_templates_that_fail(template: str, error: type[Exception], reason: str)
 def test_a_template_may_ask_for_the_date() -> None:
     tokenizer = with_template(load_kind("tiny-json"), "{{ strftime_now('%Y') }}")
     assert int(tokenizer.decode(encode_dialog(tokenizer, dialog("x"), "template"))) >= 2024
-    then = datetime.datetime(2001, 2, 3)
-    assert tokenizer.decode(encode_dialog(tokenizer, dialog("x"), "template", then)) == "2001"
+    assert tokenizer.decode(encode_dialog(tokenizer, dialog("x"), "template", datetime(2001, 2, 3))) == "2001"
 
 
 @pytest.mark.parametrize(

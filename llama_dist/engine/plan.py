@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama_dist.config import ModelConfig
 from llama_dist.model.families import tensor_shapes
@@ -31,6 +31,10 @@ class Load:
     length: int
     tick_tokens: int
     scored_rows: int
+
+    def resized(self, batch: int, length: int) -> Load:
+        """Another number of sequences, of another length; a tick has a token for each of them."""
+        return replace(self, batch=batch, length=length, tick_tokens=max(self.tick_tokens, batch))
 
     @property
     def forward_tokens(self) -> int:

@@ -13,6 +13,7 @@ import hashlib
 
 import torch
 
+from llama_dist.kernels.steady import steady
 from llama_dist.request import SamplingParams
 
 GOLDEN = 0x9E3779B97F4A7C15
@@ -56,7 +57,7 @@ def gumbel(seed: int, position: int, ids: torch.Tensor) -> torch.Tensor:
     """Gumbel noise, float64, of token `ids` at a sequence position: the same wherever and whenever it is asked for."""
     key = mix(mix(seed + GOLDEN) + GOLDEN * (position + 1))
     bits = _shift(_mix((ids + 1) * _signed(GOLDEN) + _signed(key)), 11)  # 53 of them
-    return -torch.log(-torch.log((bits.double() + 0.5) * 2.0**-53))
+    return -steady(torch.log, -steady(torch.log, (bits.double() + 0.5) * 2.0**-53))
 
 
 def _by_probability(probs: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,7 +106,7 @@ def candidates(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float) -> 
     else:
         ids = torch.arange(len(scaled), device=scaled.device)
     if min_p > 0:
-        ids = ids[torch.exp(scaled[ids] - scaled.max()) >= min_p]
+        ids = ids[steady(torch.exp, scaled[ids] - scaled.max()) >= min_p]
     return ids.sort().values
 
 
@@ -134,10 +135,11 @@ def sample(logits: torch.Tensor, params: SamplingParams, seed: int, position: in
 
 def logprobs_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Natural log of the unscaled model distribution: logits [n, vocab] float32, ids [n] -> [n]."""
-    return logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1)
+    # A row at a time: what threads share of a larger tensor decides in which order a row is summed.
+    return torch.stack([row.log_softmax(0)[i] for row, i in zip(logits, ids, strict=True)])
 
 
 def top_logprobs_of(logits: torch.Tensor, n: int) -> list[tuple[int, float]]:
     """(id, logprob) of the `n` likeliest tokens of a row [vocab], likeliest first, ties by rising id."""
-    scores, ids = _by_probability(*logits.topk(min(n, len(logits))))
-    return list(zip(ids.tolist(), (scores - logits.logsumexp(0)).tolist(), strict=True))
+    _, ids = _by_probability(*logits.topk(min(n, len(logits))))
+    return list(zip(ids.tolist(), logits.log_softmax(0)[ids].tolist(), strict=True))

@@ -20,6 +20,7 @@ from llama_dist.checkpoint.reader import Reader
 from llama_dist.config import ModelConfig, RunConfig
 from llama_dist.engine.engine import Engine, OnToken
 from llama_dist.engine.memory import count_pages
+from llama_dist.engine.numerics import find_unsteady, numeric_mode
 from llama_dist.engine.pages import PageTable
 from llama_dist.engine.scheduler import Scheduler
 from llama_dist.errors import ConfigError, Halted
@@ -28,6 +29,7 @@ from llama_dist.model.transformer import Transformer
 from llama_dist.parallel.claims import meet
 from llama_dist.parallel.control import agree, collect
 from llama_dist.parallel.launch import read_launch
+from llama_dist.parallel.layers import Part
 from llama_dist.parallel.units import cut_model, units_for
 from llama_dist.parallel.world import World, join, model_parallel_size, pick_device
 from llama_dist.request import Completion, Request
@@ -109,6 +111,15 @@ def check_run(run: RunConfig) -> Checked:
     return Checked(reader, tokenizer, max_seq_len, pick_dtype(run, reader, device))
 
 
+def mode_of(run: RunConfig, checked: Checked) -> str | None:
+    """The numeric mode of a reproducible run; None for others, which promise none."""
+    if not run.reproducible:
+        return None
+    launch = read_launch()
+    n_units = units_for(model_parallel_size(run, launch), run.units)
+    return numeric_mode(checked.dtype, pick_device(run, launch), n_units)
+
+
 def _identity(run: RunConfig, checked: Checked) -> dict[str, object]:
     """What must be alike on every rank for the ranks to compute the same."""
     shared = {k: v for k, v in asdict(run).items() if k not in ("ckpt_dir", "tokenizer_path", "verbose")}
@@ -116,6 +127,7 @@ def _identity(run: RunConfig, checked: Checked) -> dict[str, object]:
     tensors = json.dumps({name: (info.shape, str(info.dtype)) for name, info in reader.tensors.items()})
     digest = hashlib.blake2b((tensors + repr(reader.config)).encode(), digest_size=8).hexdigest()
     words = checked.tokenizer.n_words
+    shared["numeric mode"] = mode_of(run, checked)
     return {**shared, "checkpoint": digest, "words": words, "llama_dist": __version__, "torch": torch.__version__}
 
 
@@ -132,7 +144,8 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
         config.n_heads, config.n_kv_heads, config.hidden_dim, config.vocab_size, units_for(world.mp_size, run.units)
     )
     began = time.monotonic()
-    model = Transformer(config, units, world.mp_rank, world.mp_size, dtype=checked.dtype, device=world.device)
+    part = Part(world.mp_rank, world.mp_size, checked.dtype, world.device, run.reproducible)
+    model = Transformer(config, units, part)
     load(model, reader, progress=world.rank == 0, halted=halted)
     reader.close()
     log.info(
@@ -149,6 +162,8 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
     meet(world, "loaded")  # the others' memory is counted when all have taken what they need
     if any(collect(world, halted())):
         raise Halted("told to stop while the model was loaded; run it again")
+    if run.reproducible:
+        refuse_unsteady(model, world)
     n_pages = count_pages(run, world, model, checked.max_seq_len)
     # With dynamic scaling a prompt's keys depend on how long the prompt is: another prompt's pages do not serve.
     dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
@@ -170,6 +185,19 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
         run.check_every,
     )
     return Session(run, world, config, checked.tokenizer, engine, checked.max_seq_len)
+
+
+def refuse_unsteady(model: Transformer, world: World) -> None:
+    """ConfigError on all ranks where one of them cannot keep the promise of a reproducible run."""
+    began = time.monotonic()
+    found = collect(world, find_unsteady(model))
+    for rank, what in enumerate(found):
+        if what is not None:
+            raise ConfigError(
+                f"--reproducible cannot be kept on rank {rank}: {what} gives a row other bits beside other rows there; "
+                "install g++ for the project's own kernels, or go without --reproducible"
+            )
+    log.info("reproducible: rows keep their bits here (checked in %.2f s)", time.monotonic() - began)
 
 
 def complete(session: Session, requests: Sequence[Request], on_token: OnToken | None = None) -> list[Completion]:

@@ -32,6 +32,7 @@ SHARED_HELP: Mapping[str, str] = {
     "chat_format": "chat format in place of the one found: see `inspect`",
     "timeout": "seconds a rank waits for the others before it gives up",
     "check_every": "ticks between two comparisons of what the ranks sampled",
+    "reproducible": "the same bits on any number of ranks, in any batch, after any interruption",
     "verbose": "logs of every rank, and more of them",
     "temperature": "0 is greedy; higher is more varied",
     "top_p": "mass of the nucleus to sample from, 0 to 1",
@@ -200,6 +201,37 @@ class BatchOptions:
             raise ConfigError("--shared_output needs files that every task can open, not -")
         if not (1 <= self.lease_timeout < math.inf):
             raise ConfigError(f"--lease_timeout is {self.lease_timeout}, must be 1 second or more")
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """computes finished results of a reproducible batch job again
+
+    Takes the job's own settings from the file beside its output, on any number of ranks, and says that all of the
+    sample agree, byte for byte, or where the first one that does not departs. Exit code 1 where one does not.
+    """
+
+    run: RunConfig = field(
+        metadata=part(
+            "ckpt_dir",
+            "tokenizer_path",
+            "max_batch_size",
+            "max_batch_tokens",
+            "kv_cache_memory",
+            "prefix_caching",
+            "units",
+            "device",
+            "timeout",
+            "verbose",
+        )
+    )
+    output_file: str = field(metadata=option("the results of `batch --reproducible`"))
+    input_file: str | None = field(default=None, metadata=option("the requests; default: where the job read them"))
+    sample: int = field(default=20, metadata=option("results to compute again, spread over the file"))
+
+    def __post_init__(self) -> None:
+        if self.sample < 1:
+            raise ConfigError(f"--sample is {self.sample}, must be 1 or more")
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ class Plan:
         if self.fits:
             return self.load
         if self.largest_batch:
-            return replace(self.load, batch=self.largest_batch)
-        return replace(self.load, batch=1, length=self.longest) if self.longest else None
+            return self.load.resized(self.largest_batch, self.load.length)
+        return self.load.resized(1, self.longest) if self.longest else None
 
 
 def make_plan(
@@ -62,7 +62,7 @@ def make_plan(
     units = units_of(config, gpus, asked_units)
 
     def fits(batch: int, length: int) -> bool:
-        return rank_terms(config, units, gpus, dtype_bytes, replace(load, batch=batch, length=length)).total <= memory
+        return rank_terms(config, units, gpus, dtype_bytes, load.resized(batch, length)).total <= memory
 
     longest = max(load.length, config.max_position)
     return Plan(

@@ -1,4 +1,7 @@
-"""Attention of one layer: projections cut by head units, rotation, cache, scaled dot products a sequence at a time."""
+"""Attention of one layer: projections cut by head units, rotation, cache, scaled dot products.
+
+These are taken over the pages in C++ where that serves, else a sequence at a time in torch's operations.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama_dist.config import ModelConfig
+from llama_dist.kernels import attention as pages
+from llama_dist.kernels.attention import PAGE_SIZE, compiled_for
+from llama_dist.kernels.small import rope_write
 from llama_dist.model.cache import Batch, KVCache
 from llama_dist.model.norm import RMSNorm
-from llama_dist.model.rope import rotate
-from llama_dist.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from llama_dist.parallel.units import Slice, Units
-
-
-def times(part: Slice, n: int) -> Slice:
-    """A slice of heads as the slice of their rows."""
-    return Slice(part.start * n, part.stop * n, part.padded * n)
+from llama_dist.parallel.layers import ColumnParallelLinear, FusedColumns, Part, RowParallelLinear
+from llama_dist.parallel.units import Cut, Slice, Units
 
 
 def attend(
@@ -63,33 +63,26 @@ def attend(
 class Attention(nn.Module):
     """Grouped-query attention over this rank's query heads and the KV heads they read. x [n, dim] -> [n, dim]."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        layer: int,
-        units: Units,
-        rank: int,
-        n_ranks: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int, units: Units, part: Part) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.window = config.sliding_window if layer in config.sliding_layers else None
-        heads, kv = units.heads.of(rank, n_ranks), units.kv_heads(rank, n_ranks)
+        kv = units.kv_heads(part.rank, part.n_ranks)
         self.of_query = kv.of_query
-        rows = times(heads, config.head_dim)
-        kv_rows = times(Slice(kv.start, kv.stop, kv.padded), config.head_dim)
+        self.reads = torch.tensor(kv.of_query, dtype=torch.int32)
+        rows = Cut(units.heads.size * config.head_dim, units.heads.unit * config.head_dim)
+        mine = rows.of(part.rank, part.n_ranks)
+        kv_rows = Slice(kv.start * config.head_dim, kv.stop * config.head_dim, kv.padded * config.head_dim)
         bias = config.attention_bias
-        self.wq = ColumnParallelLinear(config.dim, rows, bias=bias, dtype=dtype, device=device)
-        self.wk = ColumnParallelLinear(config.dim, kv_rows, bias=bias, dtype=dtype, device=device)
-        self.wv = ColumnParallelLinear(config.dim, kv_rows, bias=bias, dtype=dtype, device=device)
-        self.wo = RowParallelLinear(rows, config.dim, bias=config.attention_out_bias, dtype=dtype, device=device)
+        self.wq = ColumnParallelLinear(config.dim, mine, part, bias=bias)
+        self.wk = ColumnParallelLinear(config.dim, kv_rows, part, bias=bias)
+        self.wv = ColumnParallelLinear(config.dim, kv_rows, part, bias=bias)
+        self.wqkv = FusedColumns(self.wq, self.wk, self.wv)
+        self.wo = RowParallelLinear(rows, config.dim, part, bias=config.attention_out_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype, device=device)
-            self.k_norm = RMSNorm(config.head_dim, config.norm_eps, dtype=dtype, device=device)
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps, part)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps, part)
 
     def _one(self, q: torch.Tensor, cache: KVCache, batch: Batch, i: int) -> torch.Tensor:
         k, v = cache.read(self.layer, batch, i)
@@ -99,11 +92,14 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor], cache: KVCache
     ) -> torch.Tensor:
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [n, heads, head_dim]
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.wqkv(x))  # [n, heads, head_dim]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *angles), rotate(k, *angles)
-        cache.write(self.layer, batch, k, v)
+        keys, values = cache.layers[self.layer]
+        rope_write(q, k, v, *angles, keys, values, batch.slots)
+        if cache.page_size == PAGE_SIZE and compiled_for(q):
+            out = pages.attend(q, keys, values, batch.tables, batch.starts, batch.counts, self.reads, self.window or 0)
+            return self.wo(out)  # type: ignore[no-any-return]
         lengths = [span.length for span in batch.spans]
         parts = [self._one(part, cache, batch, i) for i, part in enumerate(torch.split(q, lengths))]
         return self.wo(torch.cat(parts))  # type: ignore[no-any-return]

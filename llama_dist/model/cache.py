@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-PAGE_SIZE = 16  # tokens
+from llama_dist.kernels.attention import PAGE_SIZE as PAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class Batch:
     slots: torch.Tensor  # [n]
     spans: tuple[Span, ...]
     places: tuple[int | torch.Tensor, ...]
+    tables: torch.Tensor  # [spans, pages] int32: the pages of each span's sequence, on the CPU
+    starts: torch.Tensor  # [spans] int32, on the CPU; so too how many tokens each span has
+    counts: torch.Tensor
 
 
 def _place(span: Span, page_size: int, device: torch.device) -> int | torch.Tensor:
@@ -64,8 +67,14 @@ def make_batch(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device,
         lengths.extend(max(p + 1, span.prompt_len) for p in places)
         slots.extend(span.pages[p // page_size] * page_size + p % page_size for p in places)
     packed = torch.tensor([tokens, positions, lengths, slots], dtype=torch.int64).to(device)
-    where = tuple(_place(span, page_size, device) for span, _ in rows)
-    return Batch(packed[0], packed[1], packed[2], packed[3], tuple(span for span, _ in rows), where)
+    spans = tuple(span for span, _ in rows)
+    where = tuple(_place(span, page_size, device) for span in spans)
+    held = [span.pages[: -(-span.stop // page_size)] for span in spans]
+    most = max((len(pages) for pages in held), default=0)
+    tables = torch.tensor([[*pages, *[0] * (most - len(pages))] for pages in held], dtype=torch.int32)
+    starts = torch.tensor([span.start for span in spans], dtype=torch.int32)
+    counts = torch.tensor([span.length for span in spans], dtype=torch.int32)
+    return Batch(packed[0], packed[1], packed[2], packed[3], spans, where, tables, starts, counts)
 
 
 class KVCache:
@@ -89,12 +98,6 @@ class KVCache:
     @property
     def n_bytes(self) -> int:
         return sum(layer.nbytes for layer in self.layers)
-
-    def write(self, layer: int, batch: Batch, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Put k and v [n, n_kv_heads, head_dim] of the batch's tokens in their slots."""
-        keys, values = self.layers[layer]
-        keys[:, batch.slots] = k.transpose(0, 1)
-        values[:, batch.slots] = v.transpose(0, 1)
 
     def read(self, layer: int, batch: Batch, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values [n_kv_heads, stop, head_dim] of span i's sequence: a view where it lies in one piece."""

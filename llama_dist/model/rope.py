@@ -7,6 +7,7 @@ import math
 import torch
 
 from llama_dist.config import ModelConfig, RopeScaling
+from llama_dist.kernels.steady import steady
 
 
 def _llama3(freqs: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
@@ -41,8 +42,12 @@ class Rope:
         """Frequencies [n, head_dim / 2] for tokens of sequences `lengths` long."""
         beyond = lengths.clamp(min=scaling.original_max_position).float() / scaling.original_max_position
         dim = 2 * len(self.exponents)
-        base = self.theta * (scaling.factor * beyond - (scaling.factor - 1)) ** (dim / (dim - 2))
-        return 1.0 / (base[:, None] ** self.exponents)
+        # A length at a time: the last bit of a power may depend on where in a tensor it stands.
+        each, which = beyond.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        bases = [
+            self.theta * (scaling.factor * x - (scaling.factor - 1)) ** (dim / (dim - 2)) for x in torch.split(each, 1)
+        ]
+        return torch.stack([1.0 / (base**self.exponents) for base in bases])[which]
 
     def angles(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, float32 [n, 1, head_dim / 2], of positions [n] in sequences of `lengths` [n]."""
@@ -50,10 +55,4 @@ class Rope:
         if self.scaling is not None and self.scaling.kind == "dynamic":
             freqs = self._dynamic(lengths, self.scaling)
         angles = positions[:, None].float() * freqs
-        return angles.cos()[:, None], angles.sin()[:, None]
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [n, heads, head_dim] turned by its angles, computed in float32, in x's dtype."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+        return steady(torch.cos, angles)[:, None], steady(torch.sin, angles)[:, None]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from llama_dist.config import ModelConfig
+from llama_dist.kernels.small import silu_mul
 from llama_dist.model.attention import Attention
 from llama_dist.model.cache import PAGE_SIZE, Batch, KVCache
 from llama_dist.model.norm import RMSNorm
 from llama_dist.model.rope import Rope
 from llama_dist.parallel.layers import (
     ColumnParallelLinear,
+    FusedColumns,
+    Part,
     Placement,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -24,68 +26,53 @@ from llama_dist.parallel.units import Units
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020), cut by hidden units: w2(silu(w1 x) * w3 x)."""
 
-    def __init__(
-        self, config: ModelConfig, units: Units, rank: int, n_ranks: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, units: Units, part: Part) -> None:
         super().__init__()
-        hidden, bias = units.hidden.of(rank, n_ranks), config.mlp_bias
-        self.w1 = ColumnParallelLinear(config.dim, hidden, bias=bias, dtype=dtype, device=device)
-        self.w2 = RowParallelLinear(hidden, config.dim, bias=bias, dtype=dtype, device=device)
-        self.w3 = ColumnParallelLinear(config.dim, hidden, bias=bias, dtype=dtype, device=device)
+        hidden, bias = units.hidden.of(part.rank, part.n_ranks), config.mlp_bias
+        self.w1 = ColumnParallelLinear(config.dim, hidden, part, bias=bias)
+        self.w2 = RowParallelLinear(units.hidden, config.dim, part, bias=bias)
+        self.w3 = ColumnParallelLinear(config.dim, hidden, part, bias=bias)
+        self.w13 = FusedColumns(self.w1, self.w3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
+        return self.w2(silu_mul(*self.w13(x)))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
     """One layer: attention and feed-forward, each behind a norm and added to the stream."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        layer: int,
-        units: Units,
-        rank: int,
-        n_ranks: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int, units: Units, part: Part) -> None:
         super().__init__()
-        self.attention = Attention(config, layer, units, rank, n_ranks, dtype=dtype, device=device)
-        self.feed_forward = FeedForward(config, units, rank, n_ranks, dtype=dtype, device=device)
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype, device=device)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype, device=device)
+        self.attention = Attention(config, layer, units, part)
+        self.feed_forward = FeedForward(config, units, part)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps, part)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, part)
 
     def forward(
         self, x: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor], cache: KVCache
     ) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), batch, angles, cache)
-        return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
+        x, normed = self.ffn_norm.of_sum(x, self.attention(self.attention_norm(x), batch, angles, cache))
+        return x + self.feed_forward(normed)  # type: ignore[no-any-return]
 
 
 class Transformer(nn.Module):
-    """This rank's part of the model: rank `rank` of `n_ranks` that hold it together. Weights are left unset.
+    """One rank's part of the model. Weights are left unset.
 
     Every rank of the model-parallel group must call `forward` and `logits` alike: both reduce or gather.
     """
 
-    def __init__(
-        self, config: ModelConfig, units: Units, rank: int, n_ranks: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, units: Units, part: Part) -> None:
         super().__init__()
         self.config, self.units = config, units
-        self.n_local_kv_heads = units.kv_heads(rank, n_ranks).padded
-        vocab = units.vocab.of(rank, n_ranks)
-        self.tok_embeddings = VocabParallelEmbedding(vocab, config.dim, dtype=dtype, device=device)
-        self.layers = nn.ModuleList(
-            Block(config, layer, units, rank, n_ranks, dtype=dtype, device=device) for layer in range(config.n_layers)
-        )
-        self.norm = RMSNorm(config.dim, config.norm_eps, dtype=dtype, device=device)
-        self.output = ColumnParallelLinear(config.dim, vocab, bias=False, dtype=dtype, device=device)
+        self.n_local_kv_heads = units.kv_heads(part.rank, part.n_ranks).padded
+        vocab = units.vocab.of(part.rank, part.n_ranks)
+        self.tok_embeddings = VocabParallelEmbedding(vocab, config.dim, part)
+        self.layers = nn.ModuleList(Block(config, layer, units, part) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps, part)
+        self.output = ColumnParallelLinear(config.dim, vocab, part, bias=False)
         if config.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
-        self.rope = Rope(config, device)
+        self.rope = Rope(config, part.device)
 
     def placements(self) -> dict[str, Placement]:
         """For each parameter, by its logical name, the part of the logical tensor it holds."""

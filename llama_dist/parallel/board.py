@@ -32,6 +32,8 @@ class Board:
         self._rank = rank
         self._beats: dict[int, tuple[int, float]] = {}
         self._asker: threading.Thread | None = None
+        self.gone = False
+        """The last question found no store: the process that keeps it has ended."""
 
     @property
     def frozen(self) -> bool:
@@ -46,7 +48,10 @@ class Board:
         def ask() -> None:
             try:
                 answers.append(question(self._store))
-            except RuntimeError as err:  # the store is gone; whose death that was is noticed by pidfd or collective
+                self.gone = False
+            except RuntimeError as err:
+                # That an answer took too long is an error too, yet its store is there.
+                self.gone = "timeout" not in str(err).lower() and "timed out" not in str(err)
                 log.debug("store: %s", err)
 
         self._asker = threading.Thread(target=ask, daemon=True)

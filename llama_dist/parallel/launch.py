@@ -14,7 +14,8 @@ from llama_dist.errors import ConfigError
 class Launch:
     """This process's place among the others, and where rank 0 keeps the store they meet at.
 
-    `launcher`: torchrun, srun or alone. `agent_store`: torchrun's agent hosts the store, not rank 0.
+    `launcher`: torchrun, srun, kubernetes, leaderworkerset or alone. `agent_store`: torchrun's agent hosts the store,
+    not rank 0. `attempt` of `max_restarts`: how often torchrun has started these ranks again.
     """
 
     launcher: str
@@ -26,6 +27,7 @@ class Launch:
     port: int
     attempt: int = 0
     agent_store: bool = False
+    max_restarts: int = 0
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -72,8 +74,37 @@ def _srun(env: Mapping[str, str]) -> Launch | None:
     )
 
 
+def _pod(env: Mapping[str, str]) -> Launch | None:
+    """One rank a pod: of a LeaderWorkerSet, or of an Indexed Job whose manifest sets WORLD_SIZE and MASTER_ADDR."""
+    if "LWS_WORKER_INDEX" in env and "LWS_GROUP_SIZE" in env:
+        names = ("LWS_WORKER_INDEX", "LWS_GROUP_SIZE", "LWS_LEADER_ADDRESS")
+        launcher = "leaderworkerset"
+    elif "JOB_COMPLETION_INDEX" in env and "WORLD_SIZE" in env:
+        names = ("JOB_COMPLETION_INDEX", "WORLD_SIZE", "MASTER_ADDR")
+        launcher = "kubernetes"
+    else:
+        return None
+    rank, size, host = _number(env, names[0]), _number(env, names[1]), env.get(names[2])
+    if not host and size > 1:
+        raise ConfigError(f"{names[1]} is {size} but {names[2]} is not set; set it to the address of rank 0's pod")
+    return Launch(launcher, rank, size, 0, 1, host or "127.0.0.1", _number(env, "MASTER_PORT", 29500))
+
+
+def check_launch(launch: Launch) -> None:
+    """ConfigError where the ranks were started in a way that cannot work.
+
+    torchrun's agents on several nodes count restarts each for itself, and ranks find each other by that count. When a
+    whole node dies, those left wait for it without starting any rank, also when it is back (tried: over a minute).
+    """
+    if launch.max_restarts and launch.local_size < launch.size:
+        raise ConfigError(
+            f"--max-restarts {launch.max_restarts} works on one node only: of several, those that are left wait "
+            "for a lost one; leave it out and run the same command again, `batch` goes on where it stopped"
+        )
+
+
 def read_launch(env: Mapping[str, str] = os.environ) -> Launch:
-    """torchrun's variables first, then srun's, else a world of one."""
+    """torchrun's variables first, then srun's, then Kubernetes', else a world of one."""
     if "RANK" in env and "WORLD_SIZE" in env:
         size = _number(env, "WORLD_SIZE")
         found: Launch | None = Launch(
@@ -86,9 +117,10 @@ def read_launch(env: Mapping[str, str] = os.environ) -> Launch:
             _number(env, "MASTER_PORT", 29500),
             _number(env, "TORCHELASTIC_RESTART_COUNT", 0),
             env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            _number(env, "TORCHELASTIC_MAX_RESTARTS", 0),
         )
     else:
-        found = _srun(env)
+        found = _srun(env) or _pod(env)
     if found is None:
         return Launch("alone", 0, 1, 0, 1, "127.0.0.1", 0)
     if found.rank >= found.size:

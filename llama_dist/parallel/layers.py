@@ -1,12 +1,14 @@
 """Column-, row- and vocabulary-parallel layers on fairscale's classes and groups, cut by units.
 
-They differ from fairscale's own in three ways. Only the local part of a weight is allocated (fairscale makes the full
-one on every rank). Which part that is comes from units.py, with zeros where units run out. And the reduction in
-forward is a plain collective, since fairscale's autograd function stops torch.compile.
+They differ from fairscale's own in four ways. Only the local part of a weight is allocated (fairscale makes the full
+one on every rank). Which part that is comes from units.py, with zeros where units run out. The reduction in forward is
+a plain collective, since fairscale's autograd function stops torch.compile. And a reproducible sum is taken by unit, in
+the tree that is the same on any number of ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +18,24 @@ from fairscale.nn.model_parallel import initialize as fs
 from fairscale.nn.model_parallel import layers as fs_layers
 from torch import nn
 
+from llama_dist.kernels.linear import compiled, linear, unit_sums
+from llama_dist.kernels.tree import Node, roots, total
 from llama_dist.parallel.control import guarded
-from llama_dist.parallel.units import Slice
+from llama_dist.parallel.units import Cut, Slice
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank makes of a model: part `rank` of `n_ranks`. `reproducible`: no sum depends on `n_ranks`."""
+
+    rank: int
+    n_ranks: int
+    dtype: torch.dtype
+    device: torch.device
+    reproducible: bool = False
+
+
+FEW_ROWS = 16  # up to so many the project's kernel is faster than torch's, beyond it is not
 
 
 @dataclass(frozen=True)
@@ -29,8 +47,8 @@ class Placement:
     stop: int | None = None
 
 
-def _parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
+def _parameter(part: Part, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, dtype=part.dtype, device=part.device), requires_grad=False)
 
 
 def reduce(x: torch.Tensor) -> torch.Tensor:
@@ -53,64 +71,124 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, dim=-1)
 
 
+def total_of_ranks(sums: torch.Tensor, nodes: Sequence[Sequence[Node]]) -> torch.Tensor:
+    """Each rank's sums [roots, n, features] at its own `nodes` of the tree -> the whole sum [n, features], on all."""
+    y: torch.Tensor
+    if len(nodes) == 1:
+        y = total(nodes[0], list(sums))
+        return y
+    most = max(len(mine) for mine in nodes)
+    padded = F.pad(sums, (0, 0, 0, 0, 0, most - len(sums)))
+    parts = [torch.empty_like(padded) for _ in nodes]
+    group = fs.get_model_parallel_group()
+    guarded("a reduction by unit", lambda: dist.all_gather(parts, padded, group=group))
+    held = [value for part, mine in zip(parts, nodes, strict=True) for value in part[: len(mine)]]
+    y = total([node for mine in nodes for node in mine], held)
+    return y
+
+
+def product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, reproducible: bool) -> torch.Tensor:
+    """x [n, k] times w [m, k] transposed: by the project's own kernel where it must be, or is the faster one."""
+    if reproducible or (len(x) <= FEW_ROWS and compiled(x)):
+        return linear(x, w, bias)
+    return F.linear(x, w, bias)
+
+
 class ColumnParallelLinear(fs_layers.ColumnParallelLinear):  # type: ignore[misc]
-    """y = x W^T + b with the rows of W cut: x [..., in_features] -> [..., rows.padded], this rank's rows only.
+    """y = x W^T + b with the rows of W cut: x [n, in_features] -> [n, rows.padded], this rank's rows only.
 
     `rows` counts entries of the output dimension.
     """
 
-    def __init__(self, in_features: int, rows: Slice, *, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, in_features: int, rows: Slice, part: Part, *, bias: bool) -> None:
         nn.Module.__init__(self)  # past fairscale's, which would allocate the full weight
         self.in_features = in_features
-        self.out_features = rows.padded * fs.get_model_parallel_world_size()
+        self.out_features = rows.padded * part.n_ranks
         self.gather_output = False
         self.output_size_per_partition = rows.padded
-        self.weight = _parameter(rows.padded, in_features, dtype=dtype, device=device)
-        self.bias = _parameter(rows.padded, dtype=dtype, device=device) if bias else None
+        self.reproducible = part.reproducible
+        self.weight = _parameter(part, rows.padded, in_features)
+        self.bias = _parameter(part, rows.padded) if bias else None
         self.placements = {"weight": Placement(0, rows.start, rows.stop), "bias": Placement(0, rows.start, rows.stop)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return product(x, self.weight, self.bias, self.reproducible)
+
+
+class FusedColumns(nn.Module):
+    """Several column-parallel layers of one input, whose weights lie in one tensor and are read by one product.
+
+    It holds no parameters of its own: those of `layers` are views of its tensors. x [n, in_features] -> each one's y.
+    """
+
+    def __init__(self, *layers: ColumnParallelLinear) -> None:
+        super().__init__()
+        self.sizes = [layer.output_size_per_partition for layer in layers]
+        self.reproducible = layers[0].reproducible
+        self.weight = torch.cat([layer.weight for layer in layers])
+        biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        for layer, rows in zip(layers, torch.split(self.weight, self.sizes), strict=True):
+            layer.weight = nn.Parameter(rows, requires_grad=False)
+        for layer, entries in zip(
+            layers, () if self.bias is None else torch.split(self.bias, self.sizes), strict=False
+        ):
+            layer.bias = nn.Parameter(entries, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.split(product(x, self.weight, self.bias, self.reproducible), self.sizes, 1)
 
 
 class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
-    """y = x W^T + b with the columns of W cut: this rank's x [..., columns.padded] -> the whole y [..., out_features].
+    """y = x W^T + b with the columns of W cut: this rank's x [n, columns padded] -> the whole y [n, out_features].
 
     Partial products are summed over the ranks; the bias is whole on every rank and added once, after the sum.
     """
 
-    def __init__(
-        self, columns: Slice, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, columns: Cut, out_features: int, part: Part, *, bias: bool) -> None:
         nn.Module.__init__(self)
-        self.in_features = columns.padded * fs.get_model_parallel_world_size()
+        held = [columns.of(rank, part.n_ranks) for rank in range(part.n_ranks)]
+        mine, per_rank = held[part.rank], columns.units_per_rank(part.n_ranks)
+        self.in_features = mine.padded * part.n_ranks
         self.out_features = out_features
         self.input_is_parallel = True
-        self.input_size_per_partition = columns.padded
-        self.weight = _parameter(out_features, columns.padded, dtype=dtype, device=device)
-        self.bias = _parameter(out_features, dtype=dtype, device=device) if bias else None
-        self.placements = {"weight": Placement(1, columns.start, columns.stop), "bias": Placement()}
+        self.input_size_per_partition = mine.padded
+        self.reproducible, self.unit, self.first = part.reproducible, columns.unit, part.rank * per_rank
+        # Zero units are left out of every sum: their number depends on that of the ranks.
+        n_units = [-(-rows.size // columns.unit) for rows in held]
+        self.n_units = n_units[part.rank]
+        self.nodes = [roots(rank * per_rank, n) for rank, n in enumerate(n_units)]
+        self.weight = _parameter(part, out_features, mine.padded)
+        self.bias = _parameter(part, out_features) if bias else None
+        self.placements = {"weight": Placement(1, mine.start, mine.stop), "bias": Placement()}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = reduce(F.linear(x, self.weight))
+        if self.reproducible:
+            width = self.n_units * self.unit
+            sums = unit_sums(x[:, :width], self.weight[:, :width], self.unit, self.first)
+            y = total_of_ranks(sums, self.nodes).to(x.dtype)
+        else:
+            y = reduce(product(x, self.weight, None, False))
         return y if self.bias is None else y + self.bias
 
 
 class VocabParallelEmbedding(fs_layers.VocabParallelEmbedding):  # type: ignore[misc]
     """Token ids [n] -> [n, dim] with the vocabulary cut; a row comes from the one rank that holds it."""
 
-    def __init__(self, rows: Slice, dim: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, rows: Slice, dim: int, part: Part) -> None:
         nn.Module.__init__(self)
-        self.num_embeddings = rows.padded * fs.get_model_parallel_world_size()
+        self.num_embeddings = rows.padded * part.n_ranks
         self.embedding_dim = dim
         self.vocab_start_index, self.vocab_end_index = rows.start, rows.stop
         self.num_embeddings_per_partition = rows.padded
-        self.weight = _parameter(rows.padded, dim, dtype=dtype, device=device)
+        self.reproducible = part.reproducible
+        self.weight = _parameter(part, rows.padded, dim)
         self.placements = {"weight": Placement(0, rows.start, rows.stop)}
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if fs.get_model_parallel_world_size() == 1:
-            return F.embedding(ids, self.weight)
+            rows = F.embedding(ids, self.weight)
+            return rows + 0.0 if self.reproducible else rows  # as in a sum with the others' zeros, no -0.0 is left
         outside = (ids < self.vocab_start_index) | (ids >= self.vocab_end_index)
         local = (ids - self.vocab_start_index).masked_fill(outside, 0)
         return reduce(F.embedding(local, self.weight).masked_fill(outside[:, None], 0))

@@ -291,6 +291,9 @@ class Watch:
             stuck = [self._cards[rank] for rank, quiet in silences.items() if quiet > SILENT]
             if self._board.frozen and not stuck:
                 stuck = self._cards[:1]  # the store answers no more: who keeps it is stuck (or torchrun, with all)
+            if self._board.gone and self.lost is None and 0 not in self._pidfds.values() and self.rank:
+                self._stuck = frozenset({0})
+                return PeerLost(f"{self._cards[0]} is gone, and the ranks' store with it ({err})")
             if stuck:
                 self._stuck = frozenset(c.rank for c in stuck)
                 return PeerLost(f"{stuck[0]} does not answer ({err})")

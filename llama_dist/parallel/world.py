@@ -17,7 +17,8 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: i
 
 from llama_dist.config import RunConfig
 from llama_dist.errors import ConfigError, PeerLost
-from llama_dist.parallel.launch import Launch, read_launch
+from llama_dist.parallel.launch import Launch, check_launch, read_launch
+from llama_dist.parallel.network import address_towards, interface_between
 from llama_dist.parallel.watch import Watch
 
 log = logging.getLogger("llama_dist")
@@ -114,12 +115,37 @@ def _set_timeout(group: dist.ProcessGroup, timeout: datetime.timedelta) -> None:
     dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
-def _missing(store: Store, size: int) -> str:
+def _use_reachable_interface(store: Store, launch: Launch) -> None:
+    """Let gloo listen where the other hosts can reach this one, unless the user has said where."""
+    if launch.size == launch.local_size or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
     try:
-        lost = [str(r) for r in range(size) if not store.check([f"here/{r}"])]
+        mine = address_towards(launch.host, launch.port)
+        store.set(f"address/{launch.rank}", mine)
+        others = [store.get(f"address/{rank}").decode() for rank in range(launch.size)]
+        found = interface_between(mine, others, launch.port)
+    except OSError as err:
+        log.warning("which interface reaches the other hosts is not known (%s); gloo picks one", err)
+        return
+    if found is not None:
+        log.debug("gloo listens on %s", found)
+        os.environ["GLOO_SOCKET_IFNAME"] = found
+
+
+def _missing(store: Store, launch: Launch) -> str:
+    try:
+        lost = [str(r) for r in range(launch.size) if not store.check([f"here/{r}"])]
     except RuntimeError:
-        lost = []
-    return f"; never heard of rank {', '.join(lost)}" if lost else ""
+        return ""
+    if lost:
+        return f"; never heard of rank {', '.join(lost)}"
+    if launch.size == launch.local_size:
+        return ""
+    where = os.environ.get("GLOO_SOCKET_IFNAME", "not set")
+    return (
+        "; all of them reached the store, but not each other: "
+        f"set GLOO_SOCKET_IFNAME (here {where}) to the interface between the hosts, and open their ports to each other"
+    )
 
 
 def join(run: RunConfig, watch: Watch | None = None) -> World:
@@ -128,6 +154,7 @@ def join(run: RunConfig, watch: Watch | None = None) -> World:
     A second call in one process joins the same groups again; the sizes must agree.
     """
     launch = read_launch()
+    check_launch(launch)
     mp_size = model_parallel_size(run, launch)
     device = pick_device(run, launch)
     timeout = datetime.timedelta(seconds=run.timeout)
@@ -139,11 +166,12 @@ def join(run: RunConfig, watch: Watch | None = None) -> World:
         store = _store(launch, timeout)
         store.set(f"here/{launch.rank}", "")
         try:
+            _use_reachable_interface(store, launch)
             dist.init_process_group("gloo", store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
         except (dist.DistError, RuntimeError) as err:
             raise PeerLost(
                 f"rank {launch.rank}: the {launch.size} ranks did not meet within {run.timeout:g} s"
-                f"{_missing(store, launch.size)}"
+                f"{_missing(store, launch)}"
             ) from err
         watch.attach(store, launch, run.timeout)
     if not fs.model_parallel_is_initialized():

@@ -15,7 +15,7 @@ import torch
 
 from llama_dist import __version__
 from llama_dist.checkpoint.reader import Reader
-from llama_dist.engine.session import Checked
+from llama_dist.engine.session import Checked, mode_of
 from llama_dist.errors import ConfigError
 from llama_dist.frontend.batch.outfile import replace_with
 from llama_dist.frontend.batch.prompts import Encoder
@@ -29,10 +29,14 @@ Fingerprint = dict[str, Any]
 
 @dataclass(frozen=True)
 class Beginning:
-    """What the first run of a job fixes for all of them: the model's name where a request gives none, and its time."""
+    """What the first run of a job fixes for all of them: the model's name where a request gives none, and its time.
+
+    `input_file`: where it read the requests, for a person and for `verify`; "-" is a pipe.
+    """
 
     model: str
     at: datetime.datetime
+    input_file: str
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,10 @@ def tokenizer_digest(encoder: Encoder) -> str:
 
 
 def fingerprint(checked: Checked, encoder: Encoder, options: BatchOptions, found: Survey) -> Fingerprint:
+    mode = mode_of(options.run, checked)
+    promised = {} if mode is None else {"numeric mode": mode}
     return {
+        **promised,
         "input": {"blake2b": found.digest, "bytes": found.n_bytes, "lines": found.n_lines},
         "checkpoint": checkpoint_digest(checked.reader),
         "tokenizer": tokenizer_digest(encoder),
@@ -88,6 +95,14 @@ def job_id(mine: Fingerprint) -> str:
     """16 hex digits of what was asked; the versions play no part."""
     asked = {name: value for name, value in mine.items() if not name.startswith("version")}
     return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def system_fingerprint(mine: Fingerprint) -> str | None:
+    """OpenAI's field, for reproducible jobs: a digest of all that a result's bits depend on, but the request."""
+    if "numeric mode" not in mine:
+        return None
+    rest = {name: value for name, value in mine.items() if name not in ("input", "--cached_tokens")}
+    return "fp_" + hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def changes(mine: Fingerprint, before: Mapping[str, Any]) -> list[str]:
@@ -113,7 +128,12 @@ def fingerprint_path(output: Path) -> Path:
     return output.with_name(output.name + ".job.json")
 
 
-def read_before(path: Path) -> Before | None:
+def read_before(output: Path) -> Before | None:
+    """What the run before was, None where there is none. ConfigError for a damaged file."""
+    return read_identity(fingerprint_path(output))
+
+
+def read_identity(path: Path) -> Before | None:
     """What a file says the run before was, None where there is none. ConfigError for a damaged file."""
     try:
         data = json.loads(path.read_bytes())
@@ -125,18 +145,18 @@ def read_before(path: Path) -> Before | None:
         ) from None
     try:
         at = datetime.datetime.fromisoformat(data["began"])
-        fingerprint, model = data["fingerprint"], data["model"]
-        if not isinstance(fingerprint, dict) or not isinstance(model, str):
+        fingerprint, model, input_file = data["fingerprint"], data["model"], data["input_file"]
+        if not (isinstance(fingerprint, dict) and isinstance(model, str) and isinstance(input_file, str)):
             raise TypeError
     except (TypeError, ValueError, LookupError):
         raise ConfigError(f"{path} is no file of a batch job; remove it and give --force") from None
-    return Before(fingerprint, Beginning(model, at))
+    return Before(fingerprint, Beginning(model, at, input_file))
 
 
 def fingerprint_text(mine: Fingerprint, start: Beginning) -> bytes:
     began = start.at.isoformat(timespec="seconds")
-    data = json.dumps({"job": job_id(mine), "model": start.model, "began": began, "fingerprint": mine}, indent=2)
-    return data.encode() + b"\n"
+    about = {"job": job_id(mine), "model": start.model, "began": began, "input_file": start.input_file}
+    return json.dumps({**about, "fingerprint": mine}, indent=2).encode() + b"\n"
 
 
 def write_fingerprint(output: Path, mine: Fingerprint, start: Beginning) -> None:

@@ -19,6 +19,7 @@ from llama_dist.frontend.batch.identity import (
     job_id,
     model_name,
     read_before,
+    system_fingerprint,
     write_fingerprint,
 )
 from llama_dist.frontend.batch.lines import LineError, parse_line
@@ -94,7 +95,9 @@ def open_job(options: BatchOptions, checked: Checked, encoder: Encoder, source: 
     try:
         found = survey(source)
         mine = fingerprint(checked, encoder, options, found)
-        start = Beginning(model_name(options.run.ckpt_dir), datetime.datetime.now().replace(microsecond=0))
+        now = datetime.datetime.now().replace(microsecond=0)
+        given = STDIO if is_stream(options.input_file) else os.path.abspath(options.input_file)
+        start = Beginning(model_name(options.run.ckpt_dir), now, given)
         if path is not None:
             start = _accept(path, mine, options.force) or start
         if options.strict:
@@ -115,7 +118,7 @@ def open_job(options: BatchOptions, checked: Checked, encoder: Encoder, source: 
         raise
     total = found.n_lines - found.marks.count(BLANK, 1)
     left = found.marks.count(TODO, 1) + found.marks.count(REPEATED, 1)
-    names = Names(job_id(mine), start.model, options.cached_tokens)
+    names = Names(job_id(mine), start.model, options.cached_tokens, system_fingerprint(mine))
     return Job(found, names, path, total, total - left, failed, lock, start.at, task)
 
 
@@ -134,7 +137,7 @@ def _accept(path: Path, mine: dict[str, object], force: bool) -> Beginning | Non
     first = next((record for record in firsts if record is not None), None)
     if first is None:
         return None
-    before = read_before(fingerprint_path(path))
+    before = read_before(path)
     if first.line == 0 and first.raw.endswith(b"\n") and before is None:
         raise ConfigError(f"{path} is there and holds no results of a batch job; give another --output_file")
     if before is None:

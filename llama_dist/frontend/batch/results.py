@@ -24,12 +24,14 @@ __all__ = ["LOWEST", "Names", "count_new", "failure", "success"]
 class Names:
     """What a job's records are called by: 16 hex digits of the job, and the model where a request names none.
 
-    `cached_tokens`: usage counts the prompt tokens that the prefix cache had.
+    `cached_tokens`: usage counts the prompt tokens that the prefix cache had. `system_fingerprint`: a reproducible
+    job's.
     """
 
     job: str
     model: str
     cached_tokens: bool = False
+    system_fingerprint: str | None = None
 
 
 def _encode(record: dict[str, Any]) -> bytes:
@@ -77,6 +79,8 @@ def success(names: Names, line: Line, completions: Sequence[Completion], tokeniz
         "choices": choices,
         "usage": usage,
     }
+    if names.system_fingerprint is not None:
+        body["system_fingerprint"] = names.system_fingerprint
     response = {"status_code": 200, "request_id": f"req_{names.job}_{line.number}", "body": body}
     return _encode(
         {

@@ -25,7 +25,7 @@ from llama_dist.frontend.batch.identity import (
     changes,
     fingerprint_path,
     fingerprint_text,
-    read_before,
+    read_identity,
 )
 from llama_dist.frontend.batch.outfile import parts_of
 from llama_dist.frontend.batch.records import records, take_stock
@@ -105,7 +105,7 @@ def enter(output: Path, mine: Fingerprint, start: Beginning, force: bool) -> Beg
         except FileNotFoundError:  # another has just finished the job, and taken the folder away
             continue
         except FileExistsError:
-            before = read_before(agreed)
+            before = read_identity(agreed)
             if before is None:
                 continue
             changed = changes(mine, before.fingerprint)

@@ -1,0 +1,121 @@
+"""The numeric mode of a run, and the check that this machine keeps the promise of a reproducible one.
+
+The check runs products of the loaded model, its attention and the functions between them at a few shapes, and looks
+whether a row's bits depend on the rows, columns, units and threads beside it. It takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from llama_dist.kernels import attention as pages
+from llama_dist.kernels.build import build_name
+from llama_dist.kernels.linear import compiled, linear, unit_sums
+from llama_dist.kernels.steady import steady
+from llama_dist.kernels.tree import roots, total
+from llama_dist.model.transformer import Transformer
+from llama_dist.parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+COLUMNS = 1024  # of a weight, so that a large one takes no longer
+ROWS = 40
+CUTS = ((0, 1), (39, 40), (5, 7), (2, 5), (7, 14), (8, 24))
+"""Rows that are computed by themselves as well."""
+
+
+def numeric_mode(dtype: torch.dtype, device: torch.device, n_units: int) -> str:
+    """What the bits of a reproducible result depend on, beside the weights: one line."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    kernels = build_name() if compiled(torch.empty(0, dtype=dtype, device=device)) else "torch's kernels"
+    return f"{str(dtype).removeprefix('torch.')} on {where}, {kernels}, {n_units} units, torch {torch.__version__}"
+
+
+def _numbers(*shape: int, like: torch.Tensor) -> torch.Tensor:
+    """Some numbers around 0, the same every time."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(*shape, generator=generator).to(like.dtype).to(like.device)
+
+
+def _alike(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> bool:
+    """Whether rows of x [ROWS, ...] give the same bits alone, and on one thread."""
+    y = function(x)
+    if any(not torch.equal(function(x[start:stop]), y[start:stop]) for start, stop in CUTS):
+        return False
+    n_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if n_threads > 1 else 2)
+        return torch.equal(function(x), y)
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def _products(model: Transformer) -> Iterator[tuple[str, Any]]:
+    """One product of each shape in the model."""
+    seen = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            shape = tuple(module.weight.shape)
+            if shape not in seen:
+                seen.add(shape)
+                yield name, module
+
+
+def _column_fault(module: Any) -> bool:
+    weight = module.weight[:COLUMNS]
+    x = _numbers(ROWS, weight.shape[1], like=weight)
+    part = len(weight) // 3
+    cut = torch.equal(linear(x, weight)[:, part:], linear(x, weight[part:]))
+    return not (cut and _alike(lambda rows: linear(rows, weight), x))
+
+
+def _row_fault(module: Any) -> bool:
+    unit, n = module.unit, module.n_units
+    weight = module.weight[:COLUMNS, : n * unit]
+    x = _numbers(ROWS, n * unit, like=weight)
+
+    def whole(rows: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = total(roots(0, n), list(unit_sums(rows, weight, unit, 0)))
+        return y
+
+    at = n // 2
+    left = unit_sums(x[:, : at * unit], weight[:, : at * unit], unit, 0)
+    right = unit_sums(x[:, at * unit :], weight[:, at * unit :], unit, at)
+    cut: torch.Tensor = total(roots(0, at) + roots(at, n - at), [*left, *right])
+    return not (torch.equal(whole(x), cut) and _alike(whole, x))
+
+
+def _attention_fault(model: Transformer) -> bool:
+    layer: Any = model.layers[0].attention
+    heads, size, page = len(layer.of_query), layer.head_dim, pages.PAGE_SIZE
+    n_pages = -(-ROWS // page)
+    keys = _numbers(model.n_local_kv_heads, n_pages * page, size, like=model.norm.weight)
+    q = _numbers(ROWS, heads, size, like=keys)
+    tables = torch.arange(n_pages, dtype=torch.int32)[None]
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        first, count = (torch.tensor([n], dtype=torch.int32) for n in (start, stop - start))
+        return pages.attend(q[start:stop], keys, keys, tables, first, count, layer.reads)
+
+    return any(not torch.equal(rows(start, stop), rows(0, ROWS)[start:stop]) for start, stop in CUTS)
+
+
+def find_unsteady(model: Transformer) -> str | None:
+    """What on this machine gives a row other bits beside other rows; None where the promise holds."""
+    weight = model.norm.weight
+    for name, module in _products(model):
+        fault = _column_fault if isinstance(module, ColumnParallelLinear) else _row_fault
+        # A rank past the last unit has no columns to sum.
+        if module.weight.shape[1] and getattr(module, "n_units", 1) and fault(module):
+            return f"the product of {name}"
+    if _attention_fault(model):
+        return "attention"
+    wide = _numbers(ROWS, 37, like=weight)
+    checks: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]] = {
+        "silu": (lambda x: steady(F.silu, x), wide),
+        "the norm": (model.norm, _numbers(ROWS, weight.shape[0], like=weight)),
+        "log_softmax": (lambda x: torch.stack([row.log_softmax(0) for row in x]), wide.float()),
+    }
+    return next((name for name, (function, x) in checks.items() if not _alike(function, x)), None)

@@ -1,0 +1,129 @@
+// The small operations between the matrix products: norms, rotation into the cache, the gate of the feed-forward.
+//
+// Each row is computed alone, in 16 lanes from its first number on; its bits do not depend on the other rows.
+#include <cmath>
+
+#include "rows.h"
+
+namespace {
+
+constexpr long SERIAL = 1 << 14;  // numbers, below which waking the other threads costs more than it gains
+
+// x / sqrt(mean of squares + eps), rounded to T, times weight
+template <class T>
+void norm(const T *x, const T *weight, T *out, long dim, float eps) {
+    Lanes squares[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
+    for (long i = 0, lane = 0; i < dim; i += WIDTH, lane = (lane + 1) % 4) {
+        Lanes a = load(x + i, dim - i);
+        squares[lane] = fma(a, a, squares[lane]);
+    }
+    const float mean = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / float(dim);
+    const Lanes factor = all(1.0f / std::sqrt(mean + eps));
+    for (long i = 0; i < dim; i += WIDTH) {
+        Lanes a = rounded<T>(load(x + i, dim - i) * factor);
+        store(out + i, a * load(weight + i, dim - i), dim - i);
+    }
+}
+
+// out = x + y; out may be x or y
+template <class T>
+void add(const T *x, const T *y, T *out, long dim) {
+    for (long i = 0; i < dim; i += WIDTH) store(out + i, load(x + i, dim - i) + load(y + i, dim - i), dim - i);
+}
+
+// One head: its halves (a, b) become (a cos - b sin, b cos + a sin); `to` may be `from`.
+template <class T>
+void rotate(const T *from, const float *cos, const float *sin, T *to, long half) {
+    for (long i = 0; i < half; i += WIDTH) {
+        Lanes a = load(from + i, half - i), b = load(from + half + i, half - i);
+        Lanes c = load(cos + i, half - i), s = load(sin + i, half - i);
+        store(to + i, a * c - b * s, half - i);
+        store(to + half + i, b * c + a * s, half - i);
+    }
+}
+
+// e^x, within an ulp or two; infinite from about 88.4 on, zero below the normal numbers.
+INLINE Lanes exp(Lanes x) {
+    const Lanes high = all(0x1.715476p+0f), low = all(0x1.4ae0cp-26f);  // together log2(e)
+    Lanes whole = (x * high + all(WHOLE));
+    Lanes n = whole - all(WHOLE);
+    Lanes r = fma(x, low, fma(x, high, all(0.0f) - n));
+    Lanes y = exp2_fraction(r) * power(whole);
+    y = pick(x < all(-87.0f), all(0.0f), y);
+    return pick(all(88.37f) < x, all(INFINITY), y);
+}
+
+template <class T>
+void silu_mul_row(const T *a, const T *b, T *out, long dim) {
+    for (long i = 0; i < dim; i += WIDTH) {
+        Lanes x = load(a + i, dim - i);
+        Lanes y = rounded<T>(x / (all(1.0f) + exp(all(0.0f) - x)));
+        store(out + i, y * load(b + i, dim - i), dim - i);
+    }
+}
+
+// f(row) for every row, by `threads` threads where the rows have numbers enough
+template <class F>
+void each(long rows, long numbers, int threads, F f) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * numbers > SERIAL)
+    for (long i = 0; i < rows; i++) f(i);
+}
+
+template <class F>
+int typed(int is_bf16, F f) {
+    is_bf16 ? f(bf16{}) : f(float{});
+    return 0;
+}
+
+}  // namespace
+
+// x, out [n, dim]; rows of x are x_stride apart, those of out and, below, of y and total dim. Without y there is no sum.
+extern "C" int llama_dist_rms_norm(int is_bf16, const void *x, long x_stride, const void *y, long y_stride, void *total,
+                                   const void *weight, void *out, long n, long dim, float eps, int threads) {
+    return typed(is_bf16, [=](auto type) {
+        using T = decltype(type);
+        each(n, dim, threads, [=](long i) {
+            const T *row = (const T *)x + i * x_stride;
+            if (y) {
+                T *sums = (T *)total + i * dim;
+                add(row, (const T *)y + i * y_stride, sums, dim);
+                row = sums;
+            }
+            norm(row, (const T *)weight, (T *)out + i * dim, dim, eps);
+        });
+    });
+}
+
+// q [n, heads, dim] is rotated in place; k [n, kv_heads, dim] rotated and v as it is go to slots[i] of the cache
+// [kv_heads, n_slots, dim]. Returns 0, or 1 + the first token whose slot is not in the cache: then nothing is done.
+extern "C" int llama_dist_rope_write(int is_bf16, void *q, long q_stride, const void *k, long k_stride, const void *v,
+                                     long v_stride, const float *cos, const float *sin, void *keys, void *values,
+                                     long head_stride, long n_slots, const int64_t *slots, long n, long heads,
+                                     long kv_heads, long dim, int threads) {
+    for (long i = 0; i < n; i++)
+        if (slots[i] < 0 || slots[i] >= n_slots) return int(i) + 1;
+    return typed(is_bf16, [=](auto type) {
+        using T = decltype(type);
+        each(n, (heads + 2 * kv_heads) * dim, threads, [=](long i) {
+            const float *c = cos + i * (dim / 2), *s = sin + i * (dim / 2);
+            T *query = (T *)q + i * q_stride;
+            for (long h = 0; h < heads; h++) rotate(query + h * dim, c, s, query + h * dim, dim / 2);
+            for (long h = 0; h < kv_heads; h++) {
+                const long at = h * head_stride + slots[i] * dim;
+                rotate((const T *)k + i * k_stride + h * dim, c, s, (T *)keys + at, dim / 2);
+                memcpy((T *)values + at, (const T *)v + i * v_stride + h * dim, dim * sizeof(T));
+            }
+        });
+    });
+}
+
+// silu(a), rounded, times b; a, b, out [n, dim], rows of out dim apart
+extern "C" int llama_dist_silu_mul(int is_bf16, const void *a, long a_stride, const void *b, long b_stride, void *out,
+                                   long n, long dim, int threads) {
+    return typed(is_bf16, [=](auto type) {
+        using T = decltype(type);
+        each(n, dim, threads, [=](long i) {
+            silu_mul_row((const T *)a + i * a_stride, (const T *)b + i * b_stride, (T *)out + i * dim, dim);
+        });
+    });
+}

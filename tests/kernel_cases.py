@@ -1,0 +1,94 @@
+"""What the tests of the C++ kernels share: whether they compiled, tensors laid askew, sequences in scattered pages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from llama_dist.kernels import build
+from llama_dist.kernels.attention import PAGE_SIZE, attend
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def need_kernels() -> None:
+    """End the calling test where the kernels could not be compiled: skipped, or failed under CI=true."""
+    if build.library() is None:
+        reason = "no C++ kernels: no compiler, or it failed"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def askew(x: torch.Tensor, offset: int) -> torch.Tensor:
+    """x again, `offset` numbers into its storage."""
+    return torch.cat([x.new_zeros(offset), x.flatten()])[offset:].view(x.shape)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    kind = torch.int16 if a.element_size() == 2 else torch.int32
+    return (
+        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
+    )
+
+
+@dataclass(frozen=True)
+class Text:
+    """Queries [length, heads, head_dim], keys and values [kv_heads, length, head_dim] of one sequence."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+def text(length: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, seed: int = 0) -> Text:
+    draw = torch.Generator().manual_seed(seed)
+    shapes = ((length, heads, head_dim), (kv_heads, length, head_dim), (kv_heads, length, head_dim))
+    return Text(*(torch.randn(shape, generator=draw).to(dtype) for shape in shapes))
+
+
+Part = tuple[Text, int, int]
+"""The tokens of a text from ... to before ..."""
+
+
+def arguments(parts: Sequence[Part], of_query: Sequence[int], *, seed: int = 0, offset: int = 0) -> list[torch.Tensor]:
+    """What `attend` takes, the parts as spans in random pages. All else in the cache is NaN, later keys too."""
+    counts = [-(-stop // PAGE_SIZE) for _, _, stop in parts]
+    order = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(seed))
+    tables = torch.full((len(parts), max(counts)), -1, dtype=torch.int32)
+    first = parts[0][0]
+    keys, values = (
+        askew(t.new_full((len(t), len(order) * PAGE_SIZE, t.shape[2]), float("nan")), offset)
+        for t in (first.k, first.v)
+    )
+    used = 0
+    for i, (it, _, stop) in enumerate(parts):
+        pages = order[used : used + counts[i]]
+        used += counts[i]
+        tables[i, : counts[i]] = pages
+        slots = (pages[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()[:stop]
+        keys[:, slots], values[:, slots] = it.k[:, :stop], it.v[:, :stop]
+    q = askew(torch.cat([it.q[start:stop] for it, start, stop in parts]), offset)
+    numbers = ([start for _, start, _ in parts], [stop - start for _, start, stop in parts], list(of_query))
+    return [q, keys, values, tables, *(torch.tensor(row, dtype=torch.int32) for row in numbers)]
+
+
+def attended(
+    parts: Sequence[Part], of_query: Sequence[int], window: int = 0, *, seed: int = 0, offset: int = 0
+) -> list[torch.Tensor]:
+    """`attend` over the parts as one batch -> [length, heads * head_dim] of each."""
+    out = attend(*arguments(parts, of_query, seed=seed, offset=offset), window)
+    return list(torch.split(out, [stop - start for _, start, stop in parts]))
