@@ -22,7 +22,15 @@ FLOORS = {
 }
 ONE_FILE_ROOMS = (0, 6)
 """The files of these floors are one room together: they may import each other."""
-NO_TORCH = ("text/", "parallel/units.py", "engine/plan.py", "engine/pages.py", "engine/scheduler.py")
+NO_TORCH = (
+    "text/",
+    "parallel/units.py",
+    "engine/plan.py",
+    "engine/pages.py",
+    "engine/scheduler.py",
+    "frontend/batch/leases.py",
+    "frontend/batch/cards.py",
+)
 MAY_PICKLE = "checkpoint/"
 """`.pth` files are pickles by definition; nothing else of the package has any business with one."""
 OBJECT_COLLECTIVES = {

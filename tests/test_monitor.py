@@ -213,7 +213,7 @@ def test_no_room_for_a_second_file_leaves_the_last_status_true(
     path.write_text("x" * 3000)
     watched = watch(clock, status=path)
     write_status(path, {"state": "running", "message": "y" * 600})
-    (tmp_path / f".status.json.{os.getpid()}.tmp").mkdir()  # so that no new file can be made
+    (tmp_path / f".status.json.{socket.gethostname()}.{os.getpid()}.tmp").mkdir()  # so that no new file can be made
     run(watched, clock, 5, 1.0)
     assert json.loads(path.read_text())["message"] == "y" * 600
     assert len([r for r in caplog.records if "not up to date" in r.message]) == 1

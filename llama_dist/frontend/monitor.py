@@ -78,6 +78,18 @@ class Monitor:
                 self._status_due = now + STATUS_EVERY
                 self._write_status("running", None)
 
+    def count_others(self, done: int, failed: int) -> None:
+        """Others have answered so many more requests. What two have answered both is no more than the total."""
+        if self.total is not None:
+            done = min(done, self.total - self.started_done - self.tally.done)
+        self.started_done += done
+        self.started_failed += failed
+
+    def settle(self, done: int, failed: int) -> None:
+        """So many requests have their answer in all, and so many of them an error."""
+        self.started_done = done - self.tally.done
+        self.started_failed = failed - self.tally.failed
+
     def close(
         self, state: Literal["completed", "preempted", "failed"], message: str | None = None, hurry: bool = False
     ) -> None:

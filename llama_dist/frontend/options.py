@@ -174,6 +174,16 @@ class BatchOptions:
         default=None,
         metadata=option("seconds after which no more lines are begun; default: in time for the end Slurm has set"),
     )
+    shared_output: bool = field(
+        default=False,
+        metadata=option(
+            "other tasks, started with the same command, work on the same files: share the lines with them"
+        ),
+    )
+    lease_timeout: float = field(
+        default=60.0,
+        metadata=option("seconds without a sign of life after which a task's lines go to others (--shared_output)"),
+    )
     log_every: float = field(default=10.0, metadata=option("seconds between two lines of progress in a log; 0 is none"))
     report: str | None = field(default=None, metadata=option("an HTML page with plots of the run, written at its end"))
 
@@ -187,6 +197,10 @@ class BatchOptions:
                 raise ConfigError(f"--{name} is empty, must be a path or -")
         if self.output_file == "-" and (self.ordered or self.retry_failed or self.force):
             raise ConfigError("--ordered, --retry_failed and --force need an --output_file that is a file, not -")
+        if self.shared_output and "-" in (self.input_file, self.output_file):
+            raise ConfigError("--shared_output needs files that every task can open, not -")
+        if not (1 <= self.lease_timeout < math.inf):
+            raise ConfigError(f"--lease_timeout is {self.lease_timeout}, must be 1 second or more")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ def replace_file(path: Path, data: bytes, durable: bool = False) -> None:
 
     Raises OSError, and then the old file stands.
     """
-    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    new = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with open(new, "wb") as f:
             f.write(data)

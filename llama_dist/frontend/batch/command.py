@@ -21,11 +21,13 @@ from llama_dist.frontend.batch.background import Background
 from llama_dist.frontend.batch.blocks import pack_survey, unpack_survey
 from llama_dist.frontend.batch.drain import Drain, seconds_left
 from llama_dist.frontend.batch.job import Job, conclude, is_stream, open_job, output_path
+from llama_dist.frontend.batch.merging import conclude_shared
 from llama_dist.frontend.batch.prompts import Encoder
 from llama_dist.frontend.batch.records import Found
 from llama_dist.frontend.batch.results import Names
 from llama_dist.frontend.batch.serving import Served, Share, serve_share
-from llama_dist.frontend.batch.status import TRY_AGAIN, monitor_of, note_end, note_unread, status_path
+from llama_dist.frontend.batch.sharing import Task, task_label
+from llama_dist.frontend.batch.status import TRY_AGAIN, Overall, monitor_of, note_end, note_unread, status_path
 from llama_dist.frontend.inbox import next_message
 from llama_dist.frontend.monitor import Monitor
 from llama_dist.frontend.options import BatchOptions
@@ -70,6 +72,8 @@ def prepare(options: BatchOptions) -> Callable[[], int]:
     streamed = is_stream(options.input_file) if launch.rank == launch.local_rank else options.input_file == "-"
     if model_parallel_size(options.run, launch) < launch.size and (streamed or options.output_file == "-"):
         raise ConfigError("- and pipes serve one copy of the model only; with replicas give files")
+    if options.shared_output and streamed:
+        raise ConfigError(f"--shared_output needs files that every task can open; {options.input_file} is a pipe")
     checked = check_run(options.run)
     encoder = make_encoder(options, checked)
     job = None
@@ -79,6 +83,8 @@ def prepare(options: BatchOptions) -> Callable[[], int]:
         # torchrun ends the other ranks with the one that refuses; srun's hear of it once they have met
         and launch.launcher in ("torchrun", "alone")
         and (launch.size == 1 or _n_bytes(options) <= (EARLY_STRICT_BYTES if options.strict else EARLY_BYTES))
+        # where others are about to come or go, that may take a moment
+        and (launch.size == 1 or not options.shared_output)
     ):
         job = open_job(options, checked, encoder, Path(options.input_file).resolve())
     return functools.partial(run, Start(options, checked, encoder, job, left))
@@ -112,23 +118,26 @@ def run(start: Start) -> int:
     path = output_path(options)
     if "finished" not in plan:  # told to stop before all of the input was read
         if world.rank == 0:
-            note_unread(status_path(path))
+            note_unread(status_path(path, task_label() if options.shared_output else None))
         leave(world)
         return TRY_AGAIN
     monitor = monitor_of(options, start.job) if start.job is not None else None
-    world.watch.at_finish(lambda message, code: note_end(monitor, status_path(path), message, code))
+    overall = Overall(path, plan["task"]) if monitor is not None and path is not None and plan["task"] else None
+    world.watch.at_finish(_last_words(monitor, status_path(path, plan["task"]), overall))
     served = Served(0, True)
+    drain = start.drain(world)
     if not plan["finished"]:
-        drain = start.drain(world)
         try:
             session = open_session(options.run, start.checked, drain.due)
             encoder = dataclasses.replace(start.encoder, now=datetime.datetime.fromisoformat(plan["began"]))
-            served = serve_share(session, _share(start, plan, path), encoder, drain, monitor)
+            served = serve_share(session, _share(start, plan, path, overall), encoder, drain, monitor)
         except Halted:
             served = Served(0, False)
-    complete = _conclude(start, world, served, monitor)
+    complete = _conclude(start, world, served, monitor, drain, overall)
     if monitor is not None:
         monitor.close("completed" if complete else "preempted")
+    if overall is not None:
+        overall.end(complete)
     if start.job is not None and start.job.lock is not None:
         start.job.lock.release()
     leave(world)
@@ -152,6 +161,7 @@ def _planner(start: Start, world: World) -> Callable[[], dict[str, Any] | None]:
             "names": dataclasses.asdict(job.names),
             "began": job.began.isoformat(),
             "survey": pack_survey(job.survey) if world.n_replicas > 1 else None,
+            "task": None if job.task is None else job.task.label,
         }
 
     return poll
@@ -169,17 +179,30 @@ def _open_late(start: Start) -> Job:
     return open_job(start.options, start.checked, start.encoder, Path(f"/proc/self/fd/{copy.fileno()}"))
 
 
-def _share(start: Start, plan: dict[str, Any], path: Path | None) -> Share | None:
+def _share(start: Start, plan: dict[str, Any], path: Path | None, overall: Overall | None) -> Share | None:
     """This rank's view of the lines to be done; None on ranks that neither read nor write."""
     names = Names(**plan["names"])
     if start.job is not None:
-        return Share(start.job.survey, names, path)
+        return Share(start.job.survey, names, path, start.job.task, overall)
     if plan["survey"] is None:
         return None
-    return Share(unpack_survey(plan["survey"], Path(os.path.realpath(start.options.input_file))), names, path)
+    found = unpack_survey(plan["survey"], Path(os.path.realpath(start.options.input_file)))
+    task = None if plan["task"] is None else Task(plan["task"], start.options.lease_timeout)
+    return Share(found, names, path, task)
 
 
-def _conclude(start: Start, world: World, served: Served, monitor: Monitor | None) -> bool:
+def _last_words(monitor: Monitor | None, path: Path | None, overall: Overall | None) -> Callable[[str, int], None]:
+    def say(message: str, code: int) -> None:
+        note_end(monitor, path, message, code)
+        if overall is not None:
+            overall.end(False)
+
+    return say
+
+
+def _conclude(
+    start: Start, world: World, served: Served, monitor: Monitor | None, drain: Drain, overall: Overall | None
+) -> bool:
     """Bring the output to its end on rank 0, which may take a while; whether every line has its record, everywhere."""
     job = start.job
     ending: Background[tuple[bool, Found | None]] | None = None
@@ -189,15 +212,34 @@ def _conclude(start: Start, world: World, served: Served, monitor: Monitor | Non
         assert job is not None
         if job.output is None:
             return {"complete": served.complete and not served.exit_code}
-        output = job.output
-        ending = ending or Background(lambda: conclude(output, job.survey, start.options.ordered, served.complete))
+        output, ordered = job.output, start.options.ordered
+        if ending is None:
+            if job.task is None:
+                ending = Background(lambda: conclude(output, job.survey, ordered, served.complete))
+            else:
+                assert monitor is not None and overall is not None, "rank 0 has them"
+                ending = Background(lambda: _conclude_shared(job, served, ordered, drain, monitor, overall))
         ended = ending.poll()
         if ended is None:
             return None
         complete, stock = ended
         if stock is not None and monitor is not None:  # with what the other replicas did
-            monitor.started_done = stock.done - monitor.tally.done
-            monitor.started_failed = stock.failed - monitor.tally.failed
+            monitor.settle(stock.done, stock.failed)
         return {"complete": complete}
 
     return bool(next_message(world, poll)["complete"])
+
+
+def _conclude_shared(
+    job: Job, served: Served, ordered: bool, drain: Drain, monitor: Monitor, overall: Overall
+) -> tuple[bool, Found | None]:
+    assert job.output is not None and job.task is not None, "a shared output is a file"
+
+    def announce(done: int, failed: int) -> None:
+        monitor.settle(done, failed)
+        overall.copy(state="completed", done=done, failed=failed, updated=time.time())
+
+    complete = conclude_shared(job.output, job.survey, job.task, ordered, served.complete, drain.due, announce)
+    if complete and (counted := overall.counted()) is not None:
+        monitor.settle(*counted)
+    return complete, None

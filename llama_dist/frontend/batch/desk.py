@@ -20,6 +20,8 @@ from llama_dist.request import Completion, Request, Stop
 FLUSH_SECONDS = 0.25  # records wait so long for others, since each sync takes the disk milliseconds
 FLUSH_BYTES = 1 << 20
 FEED_SECONDS = 0.25  # reading lines may hold up a tick so long
+WAIT_SECONDS = 0.1  # between two looks for lines of an engine that has nothing to do
+END = (0, b"")
 
 Watch = Callable[[EngineStats, Sequence[Finished]], None]
 
@@ -35,12 +37,12 @@ class Open:
 
 class Desk:
     """One replica's lines in flight, at most about `ahead` requests. `watch` hears of every tick, and of lines when
-    their records are on disk."""
+    their records are on disk. `lines` may give None: there are none now, but there may be."""
 
     def __init__(
         self,
         survey: Survey,
-        lines: Iterator[tuple[int, bytes]],
+        lines: Iterator[tuple[int, bytes] | None],
         encoder: Encoder,
         names: Names,
         seed: int,
@@ -79,11 +81,15 @@ class Desk:
         requests: list[Request | Stop] = []
         until = time.monotonic() + FEED_SECONDS
         while not self._ended and self._in_flight < self._ahead and time.monotonic() < until:
-            number, raw = next(self._lines, (0, b""))
-            if number == 0:
+            line = next(self._lines, END)
+            if line is None:
+                if idle and not requests:
+                    time.sleep(WAIT_SECONDS)
+                break
+            if line == END:
                 self._ended, self._left = True, False
             else:
-                requests += self._take(number, raw)
+                requests += self._take(*line)
         cancel = self._in_flight > 0 and (self._drain.over() or self._sink.gone)
         if self._ended and (cancel or not self._in_flight):
             self._stopped = True

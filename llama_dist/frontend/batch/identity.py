@@ -130,7 +130,11 @@ def fingerprint_path(output: Path) -> Path:
 
 def read_before(output: Path) -> Before | None:
     """What the run before was, None where there is none. ConfigError for a damaged file."""
-    path = fingerprint_path(output)
+    return read_identity(fingerprint_path(output))
+
+
+def read_identity(path: Path) -> Before | None:
+    """What a file says the run before was, None where there is none. ConfigError for a damaged file."""
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -149,11 +153,14 @@ def read_before(output: Path) -> Before | None:
     return Before(fingerprint, Beginning(model, at, input_file))
 
 
-def write_fingerprint(output: Path, mine: Fingerprint, start: Beginning) -> None:
+def fingerprint_text(mine: Fingerprint, start: Beginning) -> bytes:
     began = start.at.isoformat(timespec="seconds")
     about = {"job": job_id(mine), "model": start.model, "began": began, "input_file": start.input_file}
-    data = json.dumps({**about, "fingerprint": mine}, indent=2)
-    replace_with(fingerprint_path(output), [data.encode() + b"\n"])
+    return json.dumps({**about, "fingerprint": mine}, indent=2).encode() + b"\n"
+
+
+def write_fingerprint(output: Path, mine: Fingerprint, start: Beginning) -> None:
+    replace_with(fingerprint_path(output), [fingerprint_text(mine, start)])
 
 
 def model_name(ckpt_dir: str) -> str:

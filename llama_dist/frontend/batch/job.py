@@ -27,6 +27,7 @@ from llama_dist.frontend.batch.lock import Lock
 from llama_dist.frontend.batch.prompts import Encoder
 from llama_dist.frontend.batch.records import Found, in_order, records, take_stock
 from llama_dist.frontend.batch.results import Names
+from llama_dist.frontend.batch.sharing import Task, clear, enter, others_wrote, stamp_of, take_stock_of_all, task_label
 from llama_dist.frontend.batch.survey import BLANK, FAILED, REPEATED, TODO, Survey, survey
 from llama_dist.frontend.options import BatchOptions
 
@@ -38,7 +39,7 @@ _NOTHING_DONE = bytes(BLANK if mark == BLANK else TODO for mark in range(256))
 class Job:
     """`output` None: stdout. `done` of `total` lines have a record already, `failed` of them an error.
 
-    `began`: when the job's first run did.
+    `began`: when the job's first run did. `task`: of one that shares its output with others.
     """
 
     survey: Survey
@@ -49,6 +50,7 @@ class Job:
     failed: int
     lock: Lock | None
     began: datetime.datetime
+    task: Task | None = None
 
     @property
     def finished(self) -> bool:
@@ -88,7 +90,8 @@ def open_job(options: BatchOptions, checked: Checked, encoder: Encoder, source: 
     `source`: the input, or the copy of what came from a pipe.
     """
     path = output_path(options)
-    lock = Lock(path) if path is not None else None
+    lock = _lock(path, options) if path is not None else None
+    task = None
     try:
         found = survey(source)
         mine = fingerprint(checked, encoder, options, found)
@@ -99,11 +102,16 @@ def open_job(options: BatchOptions, checked: Checked, encoder: Encoder, source: 
             start = _accept(path, mine, options.force) or start
         if options.strict:
             check_all(found, replace(encoder, now=start.at), options.input_file)
-        if path is not None:
+        failed = 0
+        if path is not None and (options.retry_failed or not options.shared_output):
             write_fingerprint(path, mine, start)
             failed = restore(path, found, options.retry_failed)
-        else:
-            failed = 0
+        if path is not None and lock is not None and options.shared_output:
+            lock.share()
+            start = enter(path, mine, start, options.force)
+            # In this order: what is done after one of them was asked is seen by the next.
+            task = Task(task_label(), options.lease_timeout, stamp_of(path), others_wrote(path))
+            failed = take_stock_of_all(path, found)
     except BaseException:
         if lock is not None:
             lock.release()
@@ -111,15 +119,24 @@ def open_job(options: BatchOptions, checked: Checked, encoder: Encoder, source: 
     total = found.n_lines - found.marks.count(BLANK, 1)
     left = found.marks.count(TODO, 1) + found.marks.count(REPEATED, 1)
     names = Names(job_id(mine), start.model, options.cached_tokens, system_fingerprint(mine))
-    return Job(found, names, path, total, total - left, failed, lock, start.at)
+    return Job(found, names, path, total, total - left, failed, lock, start.at, task)
+
+
+def _lock(path: Path, options: BatchOptions) -> Lock:
+    try:
+        return Lock(path, options.shared_output and not options.retry_failed)
+    except ConfigError as err:
+        if options.shared_output and options.retry_failed:
+            raise ConfigError(f"{err}; --retry_failed needs the output for itself at first") from None
+        raise
 
 
 def _accept(path: Path, mine: dict[str, object], force: bool) -> Beginning | None:
     """How results that stand already were begun, None where there are none. ConfigError if they are not ours."""
-    standing = [p for p in (path, *outfile.parts_of(path)) if p.exists() and p.stat().st_size]
-    if not standing:
+    firsts = (next(iter(records(p)), None) for p in (path, *outfile.parts_of(path)))
+    first = next((record for record in firsts if record is not None), None)
+    if first is None:
         return None
-    first = next(iter(records(standing[0])))
     before = read_before(path)
     if first.line == 0 and first.raw.endswith(b"\n") and before is None:
         raise ConfigError(f"{path} is there and holds no results of a batch job; give another --output_file")
@@ -151,6 +168,7 @@ def restore(path: Path, found: Survey, retry_failed: bool) -> int:
         outfile.merge_parts(path, found.n_lines)
         found.marks[:] = pristine
         stock = take_stock(path, found.marks)
+    clear(path)
     if not (retry_failed and stock.failed):
         return stock.failed
     outfile.keep(path, lambda record: not record.failed)

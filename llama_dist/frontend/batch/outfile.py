@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -115,6 +116,12 @@ def replace_with(path: Path, pieces: Iterable[bytes]) -> None:
         raise unwritable(path, err) from None
 
 
+def keep_mode(new: Path, old: Path) -> None:
+    """Give a file the permissions of the one it is to replace, if there is one."""
+    if old.exists():
+        os.chmod(new, old.stat().st_mode & 0o7777)
+
+
 def cut(path: Path, size: int) -> None:
     """Cut a torn end off."""
     try:
@@ -158,16 +165,17 @@ def put_in_order(path: Path, n_lines: int) -> None:
     replace_with(path, ordered())
 
 
-def part_path(path: Path, replica: int) -> Path:
-    """Where a replica's results wait to be merged."""
-    return path.with_name(f"{path.name}.part-{replica}")
+def part_path(path: Path, owner: int | str) -> Path:
+    """Where the results of a replica (its number), or of one of several tasks (`t` and 16 hex digits), wait."""
+    return path.with_name(f"{path.name}.part-{owner}")
 
 
 def parts_of(path: Path) -> list[Path]:
     """The parts that wait to be merged, by replica."""
     head = f"{path.name}.part-"
-    numbers = [p.name[len(head) :] for p in path.parent.iterdir() if p.name.startswith(head)]
-    return [path.with_name(head + n) for n in sorted((n for n in numbers if n.isdigit()), key=int)]
+    owners = [p.name[len(head) :] for p in path.parent.iterdir() if p.name.startswith(head)]
+    wanted = [owner for owner in owners if re.fullmatch(r"\d{1,9}|t[0-9a-f]{16}", owner)]
+    return [path.with_name(head + owner) for owner in sorted(wanted, key=lambda owner: (len(owner), owner))]
 
 
 def merge_parts(path: Path, n_lines: int) -> None:

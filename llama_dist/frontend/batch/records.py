@@ -33,6 +33,14 @@ class Record(NamedTuple):
         return self.start + len(self.raw)
 
 
+def read_record(raw: bytes, start: int = 0) -> Record:
+    """A line of the output, which begins at byte `start`."""
+    head = _HEAD.match(raw)
+    answered = raw.endswith(_ANSWERED)
+    whole = (answered or _REFUSED.search(raw)) and b"\0" not in raw
+    return Record(int(head[1]) if head and whole else 0, not answered, start, raw)
+
+
 def records(path: Path) -> Iterator[Record]:
     """The lines of an output, damaged ones too. A file that is not there has none."""
     if not path.exists():
@@ -40,10 +48,7 @@ def records(path: Path) -> Iterator[Record]:
     start = 0
     with open(path, "rb") as file:
         for raw in file:
-            head = _HEAD.match(raw)
-            answered = raw.endswith(_ANSWERED)
-            whole = (answered or _REFUSED.search(raw)) and b"\0" not in raw
-            yield Record(int(head[1]) if head and whole else 0, not answered, start, raw)
+            yield read_record(raw, start)
             start += len(raw)
 
 
