@@ -1,4 +1,4 @@
-"""Attention over the pages of the cache: C++ and Triton whose rows do not depend on the batch, a twin in torch's own."""
+"""Attention over the pages of the cache: C++ and Triton, whose rows do not depend on the batch, and their twin."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def attend(
 
     q [n, heads, head_dim], of any row stride: the lengths[i] tokens of span i from position starts[i] on, spans laid
     end to end; keys, values [kv_heads, slots, head_dim], the tokens' own included; tables [spans, pages] the pages of
-    PAGE_SIZE slots in which each span's sequence lies; of_query [heads] the KV head that a head reads, rising. The four
-    of tables, starts, lengths and of_query are int32, the first three where the queries are, of_query on the CPU. With a
-    window a query sees that many keys, itself the last.
+    PAGE_SIZE slots in which each span's sequence lies; of_query [heads] the KV head that a head reads, rising. These
+    four are int32; tables, starts and lengths lie where the queries do, of_query on the CPU. With a window a query sees
+    that many keys, itself the last.
 
     In C++ and Triton a row's bits depend on its query, its keys and their number alone. If a page is not in the cache:
     IndexError on a CPU, rows of NaN on a GPU, for which nobody waits here.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+
 import torch
 import triton
 import triton.language as tl
@@ -89,7 +90,7 @@ def _spans(
     weight = tl.zeros((ROWS,), tl.float32)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     cache = tl.program_id(1).to(tl.int64) * cache_stride
-    table = tables + span.to(tl.int64) * table_width
+    table = tables + span * table_width
     for block in range(tl.maximum(lowest - window + 1, 0) // KEYS * KEYS, stop, KEYS):
         at = block + tl.arange(0, KEYS)
         there = at < stop

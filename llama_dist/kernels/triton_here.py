@@ -30,7 +30,7 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
         from llama_dist.kernels.triton_linear import linear
 
         eye = torch.eye(16, dtype=dtype, device=device)
-        with torch.cuda.device(device):
+        with torch.cuda.device_of(eye):  # type: ignore[no-untyped-call]
             if not torch.equal(linear(eye, eye), eye):
                 raise ArithmeticError("its product of two unit matrices is wrong")
     except Exception as err:  # no Triton, no C compiler for its launcher, a device it does not know: of many types
@@ -40,7 +40,7 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def build_name() -> str:
-    """What the compiled kernels' bits depend on, beside the device: a digest of their sources, and who compiles them."""
+    """What the compiled kernels' bits depend on, beside the device: a digest of their sources, and the compiler."""
     digest = hashlib.blake2b(digest_size=4)
     for source in sorted(Path(__file__).parent.glob("triton_*.py")):
         digest.update(source.read_bytes() + b"\0")

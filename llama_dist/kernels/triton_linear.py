@@ -94,11 +94,11 @@ def unit_sums(x: torch.Tensor, w: torch.Tensor, unit: int, first: int) -> torch.
     """As `kernels.linear.unit_sums`: float32 [roots, M, N]. Units are planes of one product, added up in pairs."""
     n_units, columns = x.shape[1] // unit, w.shape[0]
     nodes = roots(first, n_units)
-    sums = torch.empty(len(nodes), x.shape[0], columns, device=x.device)
+    sums = torch.empty(len(nodes), x.shape[0], columns, dtype=torch.float32, device=x.device)
     step = max(TILE, SCRATCH // max(1, n_units * columns))
     for start in range(0, x.shape[0], step):
         part = x[start : start + step]
-        planes = torch.empty(n_units, len(part), columns, device=x.device)
+        planes = torch.empty(n_units, len(part), columns, dtype=torch.float32, device=x.device)
         _run(part, w, None, planes, unit)
         for root, held in zip(sums, torch.split(planes, [2**level for level, _ in nodes]), strict=True):
             while len(held) > 1:
