@@ -19,6 +19,7 @@ BACKLOG = 4096
 AT_ONCE = 128  # connections a rank opens side by side, of the files that a process may have open
 ROUND_TRIPS = 10
 PING = struct.Struct("!q")
+LOOK_AGAIN = 0.2  # seconds
 QUIET = 1.0  # seconds after which a connection that says nothing is closed
 
 
@@ -57,6 +58,20 @@ def _answer(server: socket.socket, now: Callable[[], int]) -> None:
                     connection.sendall(PING.pack(now()))
         except OSError:  # whoever asked is gone or quiet; the next may ask
             continue
+
+
+def await_port(address: Address, seconds: float) -> None:
+    """Until somebody listens at `address`. OSError: why nobody could be reached within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        left = max(deadline - time.monotonic(), 0.1)
+        try:
+            socket.create_connection(address, timeout=left).close()
+            return
+        except OSError as err:
+            if time.monotonic() + LOOK_AGAIN > deadline:
+                raise OSError(err.strerror or str(err)) from None
+        time.sleep(LOOK_AGAIN)
 
 
 def _begin(address: Address) -> tuple[socket.socket, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from llama_dist.parallel.asking import ANSWER, Asker
 from llama_dist.parallel.watch import Card
 
 LOOK_FIRST, LOOK_MOST = 0.01, 0.2  # seconds between two looks into the store
-SLACK = 3.0  # seconds by which two ranks may begin a step apart
+SLACK = 3.0  # seconds more that the others wait for rank 0's word
 MANY = 64  # ranks whose values are asked for at once
 
 
@@ -67,11 +68,11 @@ class Roll:
             pause = min(1.5 * pause, LOOK_MOST)
         return True
 
-    def step(self, name: str, value: Any, seconds: float) -> None:
+    def step(self, name: str, value: Any, seconds: float, lag: float) -> None:
         """Leave this rank's value (JSON) and go on with those ranks that come within `seconds` of rank 0.
 
-        Every rank calls it alike. Raises LeftOut on a rank that rank 0 did not wait for, PeerLost where rank 0 tells
-        nothing for twice as long.
+        Every rank calls it alike. `lag`: seconds by which rank 0 may come after this rank. Raises LeftOut on a rank
+        that rank 0 did not wait for, PeerLost where rank 0 tells nothing.
         """
         self.at = name
         self.tell(f"{name}/{self.rank}", value)
@@ -80,7 +81,7 @@ class Roll:
             came = [rank for rank in self.ranks if rank == 0 or self.is_told(f"{name}/{rank}")]
             self.tell(name, came)
         else:
-            came = self.hear(name, 2 * seconds + SLACK)
+            came = self.hear(name, seconds + lag + SLACK)
             if came is None:
                 raise PeerLost(f"rank 0 tells nothing more: the others waited for it at the step {name!r}")
         self.absent.update((rank, name) for rank in self.ranks if rank not in came)
@@ -99,6 +100,12 @@ class Roll:
         nothing: list[bytes] = []
         texts = self._asker.ask(lambda store: store.multi_get([f"{name}/{rank}" for rank in ranks]), nothing)
         return {rank: json.loads(text) for rank, text in zip(ranks, texts, strict=False)}
+
+    def heard_of(self, name: str) -> Iterator[tuple[int, Any]]:
+        """Every rank that has left a value at a step, in time or not, with that value."""
+        for rank in range(self.size):
+            if self.is_told(f"{name}/{rank}"):
+                yield from self._some_values(name, (rank,)).items()
 
     def came_late(self) -> list[int]:
         """Absent ranks that have come to the step since."""

@@ -29,11 +29,10 @@ class Identity:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of a fixed product and of a fixed copy in memory, and the kernels that compute here."""
+    """Seconds of a fixed product and of a fixed copy in memory."""
 
     product: float
     copy: float
-    kernels: str
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,7 @@ class Facts:
     addresses: dict[int, str] = field(default_factory=dict)
     unreached: dict[tuple[int, int], str] = field(default_factory=dict)
     clocks: dict[int, tuple[float, float]] = field(default_factory=dict)
+    kernels: dict[int, str] = field(default_factory=dict)
     speeds: dict[int, Speed] = field(default_factory=dict)
     looks: dict[int, Look] = field(default_factory=dict)
     output: str | None = None

@@ -13,9 +13,11 @@ from llama_dist.frontend.numbers import show_time
 SLOW = 2.0  # times as long as the median of its like: a rank that computes slowly
 CLOCK_MATTERS = 1.0  # seconds between two hosts' clocks
 DOING: Mapping[str, str] = {
+    "store": "meeting the others",
     "listen": "opening a port",
     "connect": "connecting to the others",
     "clock": "comparing clocks",
+    "kernels": "compiling the C++ kernels",
     "compute": "computing a fixed product",
     "look": "looking at the checkpoint",
     "put": "writing into the output's folder",
@@ -115,10 +117,14 @@ def differing(facts: Facts) -> Iterator[Finding]:
     for rank, card in who.items():
         for name, version in card.versions.items():
             tables.setdefault(name, {})[rank] = version
-    kernels = {rank: speed.kernels for rank, speed in facts.speeds.items()}
     remedies = [(name, table, "install the same everywhere", True) for name, table in tables.items()]
     remedies += [
-        ("kernels", kernels, "give all hosts the same compiler and kind of processor; --reproducible needs it", True),
+        (
+            "kernels",
+            facts.kernels,
+            "give all hosts the same compiler and kind of processor; --reproducible needs it",
+            True,
+        ),
         ("world size", {r: str(c.size) for r, c in who.items()}, "start all ranks of a job with one number", True),
         ("device", {r: c.device for r, c in who.items()}, "pass the same --device, or mend CUDA there", True),
         ("processor or GPU", {r: c.device_name for r, c in who.items()}, "the slowest sets the pace", False),

@@ -25,9 +25,7 @@ from llama_dist.parallel.watch import my_card
 
 SIDE = {"cpu": 512, "cuda": 8192}  # of the matrices of the fixed product
 COPY = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # bytes of the fixed copy
-TIMES = 9  # that either is done; the median counts
-LONGEST = 3.0  # seconds, for a device so slow that all of them would keep the others waiting
-COMPILE = 20.0  # seconds
+TIMES, LEAST, MOST = 9, 0.5, 3.0  # times and seconds that either is done at least, seconds at most; the median counts
 
 
 def attempt(work: Callable[[], Any], seconds: float | None = None) -> dict[str, Any]:
@@ -117,15 +115,14 @@ def _processor() -> str:
 
 
 def kernels() -> str:
-    """The kernels that compute here, compiled now where they are not yet."""
-    return build_name() if library() is not None else "torch's own"
+    """The kernels that compute on a CPU here, compiled now where they are not yet."""
+    return build_name() if library() is not None else "torch's own kernels"
 
 
 def _median(work: Callable[[], Any], device: torch.device) -> float:
     times: list[float] = []
     began = time.perf_counter()
-    while len(times) < TIMES and time.perf_counter() - began < LONGEST:
-        start = time.perf_counter()
+    while (spent := (start := time.perf_counter()) - began) < MOST and (len(times) < TIMES or spent < LEAST):
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -149,9 +146,7 @@ def time_copy(device: torch.device) -> float:
 
 def time_device(device: torch.device) -> Speed:
     """The fixed pieces of work, at the same time on every rank of a host, as in a run."""
-    made = attempt(kernels, COMPILE)
-    name = made.get("value", "not compiled")
-    return Speed(time_product(device), time_copy(device), name)
+    return Speed(time_product(device), time_copy(device))
 
 
 def show_speeds(device: str, speed: Speed) -> tuple[float, float]:

@@ -64,6 +64,7 @@ def as_json(facts: Facts, found: Sequence[Finding]) -> dict[str, Any]:
         "launcher": facts.launcher,
         "ranks": [{**row, "name": hosts[row["rank"]]} for row in by_rank(facts.who)],
         "clocks": [{"host": h, "offset": offset, "error": e} for h, (_, offset, e) in host_clocks(facts).items()],
+        "kernels": {str(rank): name for rank, name in sorted(facts.kernels.items())},
         "speeds": by_rank(facts.speeds),
         "checkpoint": where_checkpoint(facts),
         "readings": [{**row, "host": hosts[row["rank"]]} for row in by_rank(facts.readings)],
@@ -104,7 +105,7 @@ def _summary(facts: Facts) -> list[str]:
     if facts.who:
         first = facts.who[min(facts.who)]
         versions = [f"{name} {version}" for name, version in first.versions.items()]
-        kernels = [facts.speeds[rank].kernels for rank in sorted(facts.speeds)[:1]]
+        kernels = [facts.kernels[rank] for rank in sorted(facts.kernels)[:1]]
         lines.append(f"rank {min(facts.who)} has {', '.join(versions + kernels)}")
     return lines
 
@@ -125,13 +126,12 @@ def _ranks(facts: Facts) -> list[str]:
                 "-" if clock is None else f"{'-' if clock[1] < 0 else '+'}{show_time(abs(clock[1]))}",
                 "-" if product is None else f"{show_number(product / 1e9)} GFLOP/s",
                 "-" if copy is None else f"{show_bytes(round(copy))}/s",
-                "-" if rank not in facts.absent else f"lost: {DOING.get(facts.absent[rank], 'start')}",
             ]
         )
-    head = ["rank", "host", "device", "address", "threads", "clock", "product", "memory", ""]
-    if not facts.absent:
-        head, rows = head[:-1], [row[:-1] for row in rows]
-    return table(head, rows, 4) if rows else []
+    lines = table(["rank", "host", "device", "address", "threads", "clock", "product", "memory"], rows, 4)
+    lost = {rank: DOING.get(step, "starting") for rank, step in facts.absent.items()}
+    marks = ["", *(f"  lost while {lost[rank]}" if rank in lost else "" for rank in sorted(facts.who))]
+    return [line + mark for line, mark in zip(lines, marks, strict=True)]
 
 
 def _files(facts: Facts, options: DoctorOptions) -> list[str]:
