@@ -1,4 +1,7 @@
-"""Ranks of a real `doctor`, as processes, with something planted in one of them that it is to find."""
+"""Ranks of a real `doctor`, as processes, with something planted in one of them that it is to find.
+
+`python -m tests.doctor_ranks` is what torchrun starts: `python -m llama_dist`, with what the environment plants.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -19,8 +23,8 @@ from tests.spmd import PRELOAD, free_port, rank_env
 
 @dataclass(frozen=True)
 class Plant:
-    """What is odd about `rank`. `stop` and `kill`: at the step `at`; `clock`: `at` seconds ahead; `slow`: every product
-    takes longer; `version`: of torch; `deaf`: tells the others a port where nobody listens; `late`: `at` seconds.
+    """What is odd about `rank`. `stop` and `kill`: at the step `at`; `clock`: `at` seconds ahead; `slow`: its product
+    is larger; `version`: of torch; `deaf`: tells the others a port where nobody listens; `late`: when they have begun.
     """
 
     kind: str
@@ -56,7 +60,7 @@ def calm() -> None:
     """The tests' machine is busy: what is slow by chance is no finding."""
     from llama_dist.frontend.doctor import findings, folders, links
 
-    findings.SLOW, links.TIMES, links.MOST_LATENCY, links.LEAST_BANDWIDTH = 1e6, 1e6, 1e6, 0.0
+    findings.SLOW, links.TIMES, links.MOST_LATENCY, links.LEAST_BANDWIDTH = 20.0, 1e6, 1e6, 0.0
     folders.LEAST_SPEED, folders.SLOWER = 0.0, 1e6
 
 
@@ -92,7 +96,7 @@ def plant(what: Plant) -> None:
         _identify_as(host="elsewhere")
         reach.listen = lambda address: listen(address, lambda: time.time_ns() + int(what.at * 1e9))  # type: ignore
     elif what.kind == "slow":
-        here.time_product = lambda device: what.at  # type: ignore[assignment]
+        here.SIDE = {"cpu": 2048}  # 64 times the work
     elif what.kind == "version":
         _identify_as(versions={"torch": what.at})
     elif what.kind == "deaf":
@@ -101,7 +105,14 @@ def plant(what: Plant) -> None:
             port = s.getsockname()[1]
         reach.listen = lambda address: port  # type: ignore[assignment]
     elif what.kind == "late":
-        time.sleep(what.at)
+        step = Roll.step
+
+        def belated(self: Roll, name: str, *rest: Any) -> None:
+            while not self.is_told("here"):  # that the others go on
+                time.sleep(0.01)
+            step(self, name, *rest)
+
+        Roll.step = belated  # type: ignore[method-assign]
     elif what.kind == "stop in mesh":
         from llama_dist.parallel import probe
 
@@ -134,6 +145,7 @@ def run_doctor(
     within: float = 60,
 ) -> Ran:
     """`python -m llama_dist doctor ARGV` (one for all, or one a rank) on the ranks in `start` of a world."""
+    folder.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, "llama_dist.frontend.doctor.command"])
     port, ranks = free_port(), {}
@@ -160,3 +172,18 @@ def run_doctor(
         p.join()
     out = {rank: path.read_text() for rank in started if (path := folder / f"out-{rank}").exists()}
     return Ran(codes, out, (folder / "log").read_text(), seconds)
+
+
+def main() -> int:
+    from llama_dist.__main__ import main as llama_dist
+
+    calm()
+    if "DOCTOR_PLANT" in os.environ:
+        what = Plant(*json.loads(os.environ["DOCTOR_PLANT"]))
+        if int(os.environ["RANK"]) == what.rank:
+            plant(what)
+    return llama_dist(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

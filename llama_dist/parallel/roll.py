@@ -31,7 +31,7 @@ class Roll:
     """`ranks` take part still; `absent` gives the step that each of the others did not come to."""
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
+        self.store, self.rank, self.size = store, rank, size
         self.ranks = tuple(range(size))
         self.absent: dict[int, str] = {}
         self.at = ""  # the step this rank is in

@@ -39,7 +39,7 @@ def examine(options: DoctorOptions) -> int:
     timer.start()
     exam = Examination(options, launch)
     if not exam.reach_store():
-        return 1
+        return leave_now(1)
     if launch.rank == 0:
         watch.at_finish(lambda message, code: exam.give_up(message))
     try:

@@ -16,16 +16,15 @@ from typing import Any
 
 import torch
 
-from llama_dist.errors import PeerLost
 from llama_dist.frontend.doctor import files, here
 from llama_dist.frontend.doctor.facts import Facts, Identity, Link, Look, Reading, Sight, Speed
-from llama_dist.frontend.doctor.here import attempt
+from llama_dist.frontend.doctor.here import Outcome, attempt
 from llama_dist.frontend.doctor.report import report
 from llama_dist.frontend.options import DoctorOptions
 from llama_dist.frontend.output import Output
 from llama_dist.parallel import probe, reach
 from llama_dist.parallel.launch import Launch
-from llama_dist.parallel.roll import Roll, state_of
+from llama_dist.parallel.roll import SLACK, Roll, state_of
 from llama_dist.parallel.watch import Card
 from llama_dist.parallel.world import model_parallel_size, open_store, pick_device, set_threads
 
@@ -54,24 +53,28 @@ class Examination:
     def reach_store(self) -> bool:
         """Meet where the ranks meet. False: nobody is there, which one rank of each host reports."""
         launch, seconds = self.launch, self.options.timeout
-        try:
+
+        def meet() -> Roll:
             if launch.rank or launch.agent_store:
                 reach.await_port((launch.host, launch.port), seconds)
-            self.store = open_store(launch, datetime.timedelta(seconds=seconds))
-        except (OSError, PeerLost) as err:
-            where = f"rank 0 at {launch.host}:{launch.port} (MASTER_ADDR and MASTER_PORT)"
-            text = f"no way to {where} in {seconds:g} s: {err}; see whether it has started, and firewalls on the way"
-            self.facts.errors["store"] = {launch.rank: text}
-            if launch.local_rank == 0 or launch.rank == launch.local_rank == 1:  # of rank 0's own host another one
-                Output().write(report(self.facts, self.options))
-            return False
-        self.roll = Roll(self.store, launch.rank, launch.size)
-        return True
+            store = open_store(launch, datetime.timedelta(seconds=seconds))
+            return Roll(store, launch.rank, launch.size)
+
+        found = attempt(meet, seconds + SLACK, "it takes connections, but is stopped or is another program")
+        if "value" in found:
+            self.roll: Roll = found["value"]
+            return True
+        where = f"rank 0 at {launch.host}:{launch.port} (MASTER_ADDR and MASTER_PORT)"
+        text = f"no way to {where} in {seconds:g} s: {found['error']}; see whether it has started, and the firewalls"
+        self.facts.errors["store"] = {launch.rank: text}
+        if launch.local_rank == 0 or launch.rank == launch.local_rank == 1:  # of rank 0's own host another one
+            Output().write(report(self.facts, self.options))
+        return False
 
     def share(
         self,
         step: str,
-        outcome: dict[str, Any],
+        outcome: Outcome,
         seconds: float = STEP,
         lag: float = HANG,
         everywhere: bool = False,
@@ -109,14 +112,14 @@ class Examination:
         self.facts.unreached = {(a, int(b)): why for a, found in failed.items() for b, why in found.items()}
         if self.launch.rank == 0:
             self.facts.clocks[0] = 0.0, 0.0
-            for rank, address in targets.items():
-                if (0, rank) not in self.facts.unreached:
+            for rank in self.roll.ranks:
+                if rank in targets and (0, rank) not in self.facts.unreached:
                     with contextlib.suppress(OSError):  # it may be stopped: the step will tell
-                        self.facts.clocks[rank] = reach.clock_offset(address, CLOCK)
+                        self.facts.clocks[rank] = reach.clock_offset(targets[rank], CLOCK)
         self.share("clock", {"value": None})
 
     def compute(self) -> None:
-        made = attempt(here.kernels, COMPILE)
+        made = attempt(here.kernels, COMPILE, "the compiler is slow; they are ready when they are asked for again")
         self.facts.kernels = self.share("kernels", made, COMPILE, COMPILE)
         came = self.share("compute", attempt(lambda: asdict(here.time_device(self.device))))
         self.facts.speeds = {rank: Speed(**value) for rank, value in came.items()}
@@ -124,7 +127,7 @@ class Examination:
     def look(self) -> None:
         """The checkpoint on every rank; the output's folder; the speed of reading, on one rank of each host."""
         path, out = self.options.ckpt_dir, self.options.output_file
-        found: dict[str, Any] = {}
+        found: Outcome = {}
         if path is not None:
             found = attempt(lambda: asdict(files.look(path)), HANG)
             came = self.share("look", found)
@@ -137,7 +140,7 @@ class Examination:
             hosts, heads = self.facts.hosts(), dict[str, int]()
             for rank in self.roll.ranks:
                 heads.setdefault(hosts[rank], rank)
-            outcome: dict[str, Any] = {"value": None}
+            outcome: Outcome = {"value": None}
             if self.launch.rank in heads.values() and "value" in found:
                 place = list(heads.values()).index(self.launch.rank), len(heads)
                 outcome = attempt(lambda: asdict(files.read(path, place)), HANG)
@@ -145,7 +148,7 @@ class Examination:
             self.facts.readings = {rank: Reading(**value) for rank, value in came.items() if value is not None}
 
     def _output(self, out: str) -> None:
-        outcome: dict[str, Any] = {"value": None}
+        outcome: Outcome = {"value": None}
         if self.launch.rank == 0:
             outcome = attempt(lambda: files.put(out), HANG)
         if outcome.get("value") is not None:
@@ -186,7 +189,7 @@ class Examination:
     def _exchange(self, ranks: list[int], device: torch.device) -> list[Any]:
         whole = [list(part) for part in self.facts.replicas() if len(part) > 1 and set(part).issubset(ranks)]
         address = self.facts.addresses[self.launch.rank]
-        mesh = probe.build(self.store, ranks, self.launch.rank, whole, device, address, MESSAGE)
+        mesh = probe.build(self.roll.store, ranks, self.launch.rank, whole, device, address, MESSAGE)
         links = probe.time_pairs(mesh, PAIRS)
         reductions = probe.time_reductions(mesh, REDUCTIONS)
         probe.leave(mesh)

@@ -90,7 +90,8 @@ def failed(facts: Facts) -> Iterator[Finding]:
         if step == "mesh" and any(facts.absent.get(rank) == "mesh" for rank in facts.absent):
             continue  # the others' exchanges broke off for the rank that went silent
         for text, ranks in _groups(by_rank).items():
-            yield Finding("failed", tuple(ranks), f"{name_ranks(ranks, facts.hosts())}, {DOING[step]}: {text}")
+            whole = f"{name_ranks(ranks, facts.hosts())}, {DOING[step]}: {text}"
+            yield Finding("failed", tuple(ranks), whole, wrong=step != "kernels")  # torch's own serve as well
     if facts.interrupted is not None:
         yield Finding("interrupted", (), f"the examination did not come to its end: {facts.interrupted}")
 

@@ -23,16 +23,19 @@ from llama_dist.parallel.launch import Launch
 from llama_dist.parallel.network import address_towards
 from llama_dist.parallel.watch import my_card
 
+Outcome = dict[str, Any]
 SIDE = {"cpu": 512, "cuda": 8192}  # of the matrices of the fixed product
 COPY = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # bytes of the fixed copy
 TIMES, LEAST, MOST = 9, 0.5, 3.0  # times and seconds that either is done at least, seconds at most; the median counts
 
 
-def attempt(work: Callable[[], Any], seconds: float | None = None) -> dict[str, Any]:
-    """{"value": what `work` gives} or {"error": one line}. With `seconds`, in a thread that is not waited for longer;
-    no collective belongs there.
+def attempt(
+    work: Callable[[], Any], seconds: float | None = None, why: str = "a disk or file server may hang"
+) -> Outcome:
+    """{"value": what `work` gives} or {"error": one line}. With `seconds`, in a thread that is not waited for longer,
+    which `why` may explain; no collective belongs there.
     """
-    outcome: dict[str, Any] = {}
+    outcome: Outcome = {}
 
     def run() -> None:
         try:
@@ -48,7 +51,7 @@ def attempt(work: Callable[[], Any], seconds: float | None = None) -> dict[str, 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    return dict(outcome) or {"error": f"no end of it in {seconds:g} s; a disk or file server may not answer"}
+    return dict(outcome) or {"error": f"no end of it in {seconds:g} s: {why}"}
 
 
 def identify(launch: Launch, pick: Callable[[], torch.device]) -> tuple[Identity, torch.device]:
