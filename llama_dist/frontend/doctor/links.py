@@ -11,7 +11,7 @@ from llama_dist.frontend.doctor.findings import Finding
 from llama_dist.frontend.numbers import show_time
 from llama_dist.frontend.sizes import show_bytes
 
-TIMES = 3.0  # worse than the median of its like: a slow pair
+TIMES = 3.0  # worse than the good ones of its like: a slow pair
 JITTER = 2e-4  # seconds of latency beyond that, which a busy host may take
 MOST_LATENCY = 2e-3  # seconds, of any pair: a token takes two reductions a layer
 LEAST_BANDWIDTH = 50e6  # bytes a second, of any pair: half of Gigabit Ethernet
@@ -121,13 +121,22 @@ def unconnected(facts: Facts) -> list[Finding]:
     return _cut(found, "pairs that cannot connect")
 
 
-def usual(links: Sequence[Link]) -> tuple[float, float]:
-    """Median latency and bandwidth; where there are two, the better."""
-    return statistics.median_low(x.latency for x in links), statistics.median_high(x.bandwidth for x in links)
+def median(links: Sequence[Link]) -> tuple[float, float]:
+    """Of latency and of bandwidth."""
+    return statistics.median(x.latency for x in links), statistics.median(x.bandwidth for x in links)
+
+
+def good(links: Sequence[Link]) -> tuple[float, float]:
+    """Latency and bandwidth that a quarter of the pairs reach.
+
+    Of three hosts with a bad one two pairs of three are bad, and the median is theirs.
+    """
+    at = len(links) // 4
+    return sorted(x.latency for x in links)[at], sorted((x.bandwidth for x in links), reverse=True)[at]
 
 
 def is_slow(link: Link, latency: float, bandwidth: float) -> bool:
-    """Whether a pair is far from what is usual among its like, or too slow for any run."""
+    """Whether a pair is far from what is good among its like, or too slow for any run."""
     most = min(MOST_LATENCY, TIMES * latency + JITTER)
     least = max(LEAST_BANDWIDTH, bandwidth / TIMES)
     return link.latency > most or link.bandwidth < least
@@ -145,13 +154,15 @@ def slow_links(facts: Facts) -> list[Finding]:
     """Pairs that are much slower than others of their kind."""
     hosts, found = facts.hosts(), list[Finding]()
     for within, links in kinds(facts.links, hosts).items():
-        latency, bandwidth = usual(links)
+        latency, bandwidth = good(links)
         by_pair = {(link.a, link.b): link for link in links}
         bad = {pair for pair, link in by_pair.items() if is_slow(link, latency, bandwidth)}
         for what in blame(bad, list(by_pair), hosts):
             some = [by_pair[pair] for pair in what.pairs]
             worst = f"{show_time(max(x.latency for x in some))} one way, {_rate(min(x.bandwidth for x in some))}"
-            others = f", against {show_time(latency)} and {_rate(bandwidth)} elsewhere" if len(bad) < len(links) else ""
+            others = (
+                f", against {show_time(latency)} and {_rate(bandwidth)} of good ones" if len(bad) < len(links) else ""
+            )
             remedy = (
                 "see what runs on that host, and how the GPUs are connected"
                 if within

@@ -22,10 +22,11 @@ from llama_dist.frontend.doctor.findings import (
 )
 from llama_dist.frontend.doctor.folders import checkpoint, output, show_reading, slow_reading, where_checkpoint
 from llama_dist.frontend.doctor.here import show_speeds
-from llama_dist.frontend.doctor.links import kinds, slow_links, unconnected, untimed, usual
+from llama_dist.frontend.doctor.links import kinds, median, slow_links, unconnected, untimed
 from llama_dist.frontend.numbers import show_number, show_time
 from llama_dist.frontend.options import DoctorOptions
 from llama_dist.frontend.sizes import show_bytes
+from llama_dist.parallel.probe import SIZES
 
 MOST_PAIRS = 28  # in the table: all of 8 ranks; of more, the slowest
 
@@ -165,7 +166,7 @@ def _pairs(facts: Facts) -> list[str]:
     if len(rows) > MOST_PAIRS:
         lines.append(f"and {len(rows) - MOST_PAIRS} faster ones")
     for within, links in kinds(facts.links, hosts).items():
-        latency, bandwidth = usual(links)
+        latency, bandwidth = median(links)
         where = "within a host" if within else "between hosts"
         lines.append(f"median of {len(links)} {where}: {show_time(latency)}, {show_bytes(round(bandwidth))}/s")
     return lines
@@ -198,6 +199,8 @@ def _reductions(facts: Facts) -> list[str]:
         rows.append([_size(size), show_time(seconds), f"{show_bytes(round(size / seconds))}/s"])
     which = f"all-reduce of {facts.mp_size} ranks over {facts.backend}"
     lines = table([which, "latency", "bandwidth"], rows, 1)
+    if len(rows) < len(SIZES):
+        lines.append(f"{_size(SIZES[len(rows)])} and more were left out: they take too long")
     if len(groups) > 1:
         worst = max(groups, key=lambda group: group[1][-1][1])[0]
         lines.append(f"the slowest of {len(groups)} replicas; at the largest size ranks {spans(worst)}")
