@@ -24,7 +24,8 @@ from tests.spmd import PRELOAD, free_port, rank_env
 @dataclass(frozen=True)
 class Plant:
     """What is odd about `rank`. `stop` and `kill`: at the step `at`; `clock`: `at` seconds ahead; `slow`: its product
-    is larger; `version`: of torch; `deaf`: tells the others a port where nobody listens; `late`: when they have begun.
+    is larger; `version`: of torch; `deaf`: tells the others a port where nobody listens; `late`: when they have begun; `hang`: it
+    computes for ten minutes, of which it gives itself 3 s.
     """
 
     kind: str
@@ -113,6 +114,11 @@ def plant(what: Plant) -> None:
             step(self, name, *rest)
 
         Roll.step = belated  # type: ignore[method-assign]
+    elif what.kind == "hang":
+        from llama_dist.frontend.doctor import command
+
+        command.REST = 3.0
+        here.time_device = lambda device: time.sleep(600)  # type: ignore[assignment,return-value]
     elif what.kind == "stop in mesh":
         from llama_dist.parallel import probe
 

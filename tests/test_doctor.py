@@ -94,6 +94,24 @@ def test_a_rank_that_is_stopped(tmp_path: Path, step: str) -> None:
     assert ran.seconds < 55
 
 
+def test_rank_0_dies(tmp_path: Path) -> None:
+    """And the store with it. One of the others says so, at once."""
+    ran = run_doctor(3, HASTY, tmp_path, Plant("kill", 0, "compute"))
+    assert ran.codes == {0: -signal.SIGKILL, 1: 1, 2: 1}
+    (told,) = [json.loads(ran.out[rank]) for rank in (1, 2) if ran.out.get(rank)]
+    (finding,) = told["findings"]
+    assert finding["ranks"] == [0] and "died while computing" in finding["text"]
+
+
+def test_rank_0_has_a_bound_of_its_own(tmp_path: Path) -> None:
+    """Whatever hangs there, the report comes as far as it is known."""
+    ran = run_doctor(2, HASTY, tmp_path, Plant("hang", 0))
+    assert ran.codes == {0: 1, 1: 1}
+    (finding,) = [finding for finding in ran.report["findings"] if finding["wrong"]]
+    assert "did not come to its end: no end after 6 s" in finding["text"]
+    assert len(ran.report["ranks"]) == 2 and len(ran.report["clocks"]) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", ["here", "compute"])
 def test_rank_0_is_stopped(tmp_path: Path, step: str) -> None:

@@ -25,6 +25,7 @@ DOING: Mapping[str, str] = {
     "read": "reading the checkpoint",
     "plan": "waiting to exchange messages",
     "mesh": "exchanging messages",
+    "absent": "looking what became of the others",
 }
 """The steps after the ranks have met, and what each is about."""
 
