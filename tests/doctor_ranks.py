@@ -24,8 +24,8 @@ from tests.spmd import PRELOAD, free_port, rank_env
 @dataclass(frozen=True)
 class Plant:
     """What is odd about `rank`. `stop` and `kill`: at the step `at`; `clock`: `at` seconds ahead; `slow`: its product
-    is larger; `version`: of torch; `deaf`: tells the others a port where nobody listens; `late`: when they have begun; `hang`: it
-    computes for ten minutes, of which it gives itself 3 s.
+    is larger; `version`: of torch; `deaf`: tells the others a port where nobody listens; `late`: when they have begun;
+    `hang`: it computes for ten minutes, of which it gives itself 3 s.
     """
 
     kind: str
