@@ -267,7 +267,7 @@ def test_of_several_ranks_only_the_first_complains(
         assert capsys.readouterr().err.count("\n") == lines
 
 
-@pytest.mark.parametrize("command", LEAST)
+@pytest.mark.parametrize("command", [name for name in LEAST if name != "doctor"])  # to which it is a finding
 def test_a_missing_checkpoint_is_refused_before_any_group(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
