@@ -214,7 +214,7 @@ def help_text(options: type, flags: Mapping[str, Flag], command: str) -> str:
     """A command's help: what it does, then a line or two for each flag with its type and default."""
     summary, _, rest = (options.__doc__ or "").partition("\n")
     needed = " ".join(f"--{f.name} {placeholder(f)}" for f in flags.values() if f.required)
-    usage = f"usage: python -m llama_dist {command} {needed} [--flag value ...]"
+    usage = f"usage: python -m llama_dist {command} {needed} [--flag value ...]".replace("  ", " ")
     lines = [textwrap.fill(usage, 100, subsequent_indent="    "), "", f"{command}: {summary.strip()}."]
     lines += ["", textwrap.fill(" ".join(rest.split()), 100), "", "flags:"]
     for flag in flags.values():
