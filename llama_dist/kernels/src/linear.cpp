@@ -3,13 +3,13 @@
 // any batch and on any cut of N. Along K the sum may be cut into units, whose partial sums are added in the binary tree
 // over unit numbers, as far as this rank's run of units holds whole subtrees: one plane of y for each of its roots.
 #include "simd.h"
+#include "tree.h"
 
 #include <algorithm>
 
 namespace {
 
 constexpr int64_t M_BLOCK = 32;  // rows of x that stay in the second cache while columns pass by
-constexpr int MAX_ROOTS = 64;
 
 // What one call computes, the same for all its threads.
 struct Job {
@@ -47,24 +47,6 @@ inline void dots(const typename D::T *x, int64_t ldx, const typename D::T *w, in
         for (int j = 0; j < NR; j++) acc[i * stride + j] = a[i][j];
 }
 
-// The partial sums of one tile, merged as units come: a node of the tree is (level, index at that level).
-struct Tree {
-    V values[MAX_ROOTS];
-    int level[MAX_ROOTS];
-    int64_t index[MAX_ROOTS];
-    int size = 0;
-
-    inline void push(V v, int64_t unit) {
-        int l = 0;
-        while (size && level[size - 1] == l && (unit & 1) && index[size - 1] == unit - 1) {
-            v = add(values[--size], v);
-            unit >>= 1;
-            l++;
-        }
-        values[size] = v, level[size] = l, index[size++] = unit;
-    }
-};
-
 template <class T> inline float bias_at(const Job &job, int64_t n) {
     return job.bias ? widen(static_cast<const T *>(job.bias)[n]) : 0.0f;
 }
@@ -86,7 +68,7 @@ template <class D, int MR, int NR, int G> inline void tile(const Job &job, int64
     static_assert(NR % G == 0, "columns go in whole groups");
     constexpr int N_SUMS = (MR * NR + 15) / 16;
     const T *x = static_cast<const T *>(job.x) + m * job.ldx, *w = static_cast<const T *>(job.w) + n * job.ldw;
-    Tree tree[N_SUMS];
+    Tree<V> tree[N_SUMS];
     for (int64_t start = 0, unit = job.first; start < job.k; start += job.unit, unit++) {
         int64_t k = std::min(job.unit, job.k - start);
         V acc[16 * N_SUMS];
