@@ -47,7 +47,7 @@ def break_it(what: str) -> None:
     elif what == "the borders of chunks":
         attention.pages.attend = attention.pages.attend_twin
     elif what == "where a number stands":
-        transformer.steady = lambda function, x: function(x)
+        transformer.silu_mul = lambda a, b: F.silu(a.contiguous()) * b
     else:
         raise ValueError(what)
 

@@ -15,9 +15,9 @@ WHOLE = -1  # in place of the first unit's number: one sum over all units
 
 @functools.cache
 def _compiled() -> Any:
-    weights = (c_void_p, c_void_p, c_void_p, c_int64, c_int64)
-    rest = (c_void_p, c_void_p, c_int64, c_int64, c_int, *[c_int64] * 5, c_int)
-    return build.function("quantized", c_int, c_int, c_void_p, c_int64, *weights, *rest)
+    weights = (c_int, c_void_p, c_void_p, c_void_p, *[c_int64] * 4)
+    rest = (c_void_p, c_void_p, c_int64, c_int64, c_int, *[c_int64] * 3, c_int)
+    return build.function("quantized", c_int, c_void_p, c_int64, *weights, *rest)
 
 
 def compiled(x: torch.Tensor) -> bool:
@@ -49,15 +49,17 @@ def product(
     for t in (codes, scales, factors):
         assert t.stride(2) == 1 and t.stride(1) == t.shape[2], "the groups of a block in one piece"
     _compiled()(
-        bits,
         x.dtype == torch.bfloat16,
         x.data_ptr(),
         x.stride(0),
+        bits,
         codes.data_ptr(),
         scales.data_ptr(),
         factors.data_ptr(),
         codes.stride(0) // codes.shape[2],
         factors.stride(0) // factors.shape[2],
+        unit,
+        factors.shape[1],
         None if bias is None else bias.data_ptr(),
         y.data_ptr(),
         y.stride(-2),
@@ -65,8 +67,6 @@ def product(
         y.dtype == torch.float32,
         m,
         n,
-        unit,
-        factors.shape[1],
         first,
         torch.get_num_threads(),
     )

@@ -4,7 +4,7 @@
 
 constexpr int MAX_ROOTS = 64;
 
-template <class V> struct Tree {
+template <class V> struct TreeOf {
     V values[MAX_ROOTS];
     int level[MAX_ROOTS];
     int64_t index[MAX_ROOTS];
