@@ -45,10 +45,6 @@ def packed(name: str, w: torch.Tensor, unit: int, n_units: int) -> Packed:
     return into
 
 
-def parts(w: Packed) -> tuple[torch.Tensor, ...]:
-    return w.codes, w.scales, w.factors
-
-
 @pytest.mark.parametrize("name", SCHEMES)
 def test_near_the_weights(name: str) -> None:
     w = some(64, 2048)
@@ -83,7 +79,7 @@ def test_both_ways_to_pack_give_the_same_bits(name: str, rows: int, unit: int, n
     assert pack_twin(twin, w) is None
     for n in (1, 2):
         with threads(n):
-            assert all(map(torch.equal, parts(packed(name, w, unit, n_units)), parts(twin)))
+            assert all(map(torch.equal, packed(name, w, unit, n_units).parts, twin.parts))
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -94,9 +90,9 @@ def test_numbers_of_a_unit_are_its_own(name: str) -> None:
     pieces = empty(SCHEMES[name], 40, 72, 5, CPU)
     for start in (0, 32):
         assert pack(pieces, w[start : start + 32], start) is None
-    assert all(map(torch.equal, parts(pieces), parts(whole)))
+    assert all(map(torch.equal, pieces.parts, whole.parts))
     some_units = packed(name, w[:, 144:288], 72, 2)
-    assert all(map(torch.equal, parts(some_units), parts(whole.units(2, 4))))
+    assert all(map(torch.equal, some_units.parts, whole.units(2, 4).parts))
     short = packed(name, w[:, :100], 72, 5)
     assert torch.equal(unpack(short)[:, :72], unpack(whole)[:, :72]) and not unpack(short)[:, 144:].any()
 
@@ -221,7 +217,7 @@ def everything() -> list[torch.Tensor]:
     for name in SCHEMES:
         for rows, unit, n_units in SHAPES:
             held = packed(name, hard(rows, unit * n_units), unit, n_units)
-            found += parts(held)
+            found += held.parts
             for dtype in DTYPES:
                 x = some(7, unit * n_units, 1).to(dtype)
                 found += [product.linear(x, held), product.unit_sums(x, held, 2)]

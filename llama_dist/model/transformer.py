@@ -21,6 +21,7 @@ from llama_dist.parallel.layers import (
     gather,
 )
 from llama_dist.parallel.units import Units
+from llama_dist.quant.packed import Packed
 
 
 class FeedForward(nn.Module):
@@ -70,17 +71,23 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer, units, part) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps, part)
         self.output = ColumnParallelLinear(config.dim, vocab, part, bias=False)
-        if config.tied_embeddings:
-            self.output.weight = self.tok_embeddings.weight
+        if config.tied_embeddings and part.quantization is None:
+            self.output.weight = self.tok_embeddings.weight  # packed, the output is a copy: rows are looked up unpacked
         self.rope = Rope(config, part.device)
 
-    def placements(self) -> dict[str, Placement]:
-        """For each parameter, by its logical name, the part of the logical tensor it holds."""
-        found = {}
+    def weights(self) -> dict[str, tuple[torch.Tensor | Packed, Placement]]:
+        """By its logical name each weight, and the part of the logical tensor that it holds; a shared one once."""
+        found: dict[str, tuple[torch.Tensor | Packed, Placement]] = {}
+        seen = set()
         for prefix, module in self.named_modules():
-            placed = getattr(module, "placements", {}) if module is not self else {}
-            for name, _ in module.named_parameters(recurse=False):
-                found[f"{prefix}.{name}"] = placed.get(name, Placement())
+            placed = getattr(module, "placements", {})
+            held: dict[str, torch.Tensor | Packed] = dict(module.named_parameters(recurse=False))
+            if placed and isinstance(module.weight, Packed):
+                held["weight"] = module.weight
+            for name, weight in held.items():
+                if id(weight) not in seen:
+                    seen.add(id(weight))
+                    found[f"{prefix}.{name}"] = weight, placed.get(name, Placement())
         return found
 
     @property

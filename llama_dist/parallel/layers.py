@@ -22,17 +22,24 @@ from llama_dist.kernels.linear import compiled, linear, unit_sums
 from llama_dist.kernels.tree import Node, roots, total
 from llama_dist.parallel.control import guarded
 from llama_dist.parallel.units import Cut, Slice
+from llama_dist.quant import product as packed_product
+from llama_dist.quant.packed import Packed, empty, together
+from llama_dist.quant.scheme import SCHEMES
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a rank makes of a model: part `rank` of `n_ranks`. `reproducible`: no sum depends on `n_ranks`."""
+    """What a rank makes of a model: part `rank` of `n_ranks`. `reproducible`: no sum depends on `n_ranks`.
+
+    `quantization` names the scheme by which the weights of products are packed; None: they are of `dtype`.
+    """
 
     rank: int
     n_ranks: int
     dtype: torch.dtype
     device: torch.device
     reproducible: bool = False
+    quantization: str | None = None
 
 
 FEW_ROWS = 16  # up to so many the project's kernel is faster than torch's, beyond it is not
@@ -49,6 +56,13 @@ class Placement:
 
 def _parameter(part: Part, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=part.dtype, device=part.device), requires_grad=False)
+
+
+def _weight(part: Part, rows: int, unit: int, n_units: int = 1) -> nn.Parameter | Packed:
+    """Room for a weight [rows, n_units * unit] that is multiplied with."""
+    if part.quantization is None:
+        return _parameter(part, rows, n_units * unit)
+    return empty(SCHEMES[part.quantization], rows, unit, n_units, part.device)
 
 
 def reduce(x: torch.Tensor) -> torch.Tensor:
@@ -87,8 +101,10 @@ def total_of_ranks(sums: torch.Tensor, nodes: Sequence[Sequence[Node]]) -> torch
     return y
 
 
-def product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, reproducible: bool) -> torch.Tensor:
+def product(x: torch.Tensor, w: torch.Tensor | Packed, bias: torch.Tensor | None, reproducible: bool) -> torch.Tensor:
     """x [n, k] times w [m, k] transposed: by the project's own kernel where it must be, or is the faster one."""
+    if isinstance(w, Packed):
+        return packed_product.linear(x, w, bias)
     if reproducible or (len(x) <= FEW_ROWS and compiled(x)):
         return linear(x, w, bias)
     return F.linear(x, w, bias)
@@ -107,7 +123,7 @@ class ColumnParallelLinear(fs_layers.ColumnParallelLinear):  # type: ignore[misc
         self.gather_output = False
         self.output_size_per_partition = rows.padded
         self.reproducible = part.reproducible
-        self.weight = _parameter(part, rows.padded, in_features)
+        self.weight = _weight(part, rows.padded, in_features)
         self.bias = _parameter(part, rows.padded) if bias else None
         self.placements = {"weight": Placement(0, rows.start, rows.stop), "bias": Placement(0, rows.start, rows.stop)}
 
@@ -125,18 +141,25 @@ class FusedColumns(nn.Module):
         super().__init__()
         self.sizes = [layer.output_size_per_partition for layer in layers]
         self.reproducible = layers[0].reproducible
-        self.weight = torch.cat([layer.weight for layer in layers])
-        biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-        self.bias = torch.cat(biases) if biases else None
-        for layer, rows in zip(layers, torch.split(self.weight, self.sizes), strict=True):
-            layer.weight = nn.Parameter(rows, requires_grad=False)
-        for layer, entries in zip(
-            layers, () if self.bias is None else torch.split(self.bias, self.sizes), strict=False
-        ):
-            layer.bias = nn.Parameter(entries, requires_grad=False)
+        self.weight: torch.Tensor | Packed
+        if isinstance(layers[0].weight, Packed):
+            self.weight, parts = together([layer.weight for layer in layers])
+            self.widths = [part.padded_rows for part in parts]
+        else:
+            self.weight, self.widths = torch.cat([layer.weight for layer in layers]), self.sizes
+            parts = [nn.Parameter(rows, requires_grad=False) for rows in torch.split(self.weight, self.sizes)]
+        for layer, part in zip(layers, parts, strict=True):
+            layer.weight = part
+        self.bias = None if layers[0].bias is None else layers[0].bias.new_zeros(sum(self.widths))
+        if self.bias is not None:
+            for layer, entries in zip(layers, torch.split(self.bias, self.widths), strict=True):
+                layer.bias = nn.Parameter(entries[: layer.output_size_per_partition], requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return torch.split(product(x, self.weight, self.bias, self.reproducible), self.sizes, 1)
+        parts = torch.split(product(x, self.weight, self.bias, self.reproducible), self.widths, 1)
+        if self.widths is self.sizes:
+            return parts
+        return tuple(part[:, :size] for part, size in zip(parts, self.sizes, strict=True))
 
 
 class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
@@ -158,14 +181,17 @@ class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
         n_units = [-(-rows.size // columns.unit) for rows in held]
         self.n_units = n_units[part.rank]
         self.nodes = [roots(rank * per_rank, n) for rank, n in enumerate(n_units)]
-        self.weight = _parameter(part, out_features, mine.padded)
+        self.weight = _weight(part, out_features, columns.unit, per_rank)
         self.bias = _parameter(part, out_features) if bias else None
         self.placements = {"weight": Placement(1, mine.start, mine.stop), "bias": Placement()}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.reproducible:
-            width = self.n_units * self.unit
-            sums = unit_sums(x[:, :width], self.weight[:, :width], self.unit, self.first)
+            x = x[:, : self.n_units * self.unit]
+            if isinstance(self.weight, Packed):
+                sums = packed_product.unit_sums(x, self.weight.units(0, self.n_units), self.first)
+            else:
+                sums = unit_sums(x, self.weight[:, : x.shape[1]], self.unit, self.first)
             y = total_of_ranks(sums, self.nodes).to(x.dtype)
         else:
             y = reduce(product(x, self.weight, None, False))

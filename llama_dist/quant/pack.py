@@ -36,19 +36,15 @@ def pack(into: Packed, w: torch.Tensor, first: int = 0) -> int | None:
     if into.device.type != "cpu":
         room = empty(into.scheme, blocks.padded_rows, into.unit, into.n_units, w.device)
         wrong = pack(room, w)
-        for ours, theirs in zip(_tensors(blocks), _tensors(room), strict=True):
+        for ours, theirs in zip(blocks.parts, room.parts, strict=True):
             ours.copy_(theirs)
         return wrong
     if _compiled() is None:
         return pack_twin(blocks, w)
-    parts = [t.data_ptr() for t in _tensors(blocks)]
+    parts = [t.data_ptr() for t in blocks.parts]
     sizes = (w.shape[1], len(w), w.shape[1], into.unit, into.n_units)
     wrong = _compiled()(into.scheme.bits, w.data_ptr(), *sizes, *parts, torch.get_num_threads())
     return wrong - 1 if wrong else None
-
-
-def _tensors(p: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return p.codes, p.scales, p.factors
 
 
 def _sum(x: torch.Tensor) -> torch.Tensor:

@@ -38,8 +38,12 @@ class Packed:
         return self.codes.device
 
     @property
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.codes, self.scales, self.factors
+
+    @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.codes, self.scales, self.factors))
+        return sum(t.nbytes for t in self.parts)
 
     @property
     def padded_rows(self) -> int:
@@ -48,8 +52,7 @@ class Packed:
     def blocks(self, start: int, stop: int) -> Packed:
         """Rows 16 * start up to 16 * stop, a view."""
         rows = max(0, min(self.rows, stop * BLOCK) - start * BLOCK)
-        parts = (t[start:stop] for t in (self.codes, self.scales, self.factors))
-        return Packed(self.scheme, rows, self.unit, *parts)
+        return Packed(self.scheme, rows, self.unit, *(t[start:stop] for t in self.parts))
 
     def units(self, start: int, stop: int) -> Packed:
         """The columns of units `start` up to `stop`, a view."""

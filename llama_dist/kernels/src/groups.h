@@ -97,6 +97,8 @@ INLINE Lanes lanes_of(Sums s) {
 }
 
 INLINE __m256i eight_rows(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+// The sum so far stays one number: left alone, the compiler makes all products first and has no registers for them.
+INLINE void settle(__m256i &x) { asm("" : "+x"(x)); }
 
 template <int BITS, int M, int N>
 INLINE void multiply(const uint8_t *const *w, const int8_t *const *x, const int *, Sums (*sums)[N]) {
@@ -115,6 +117,7 @@ INLINE void multiply(const uint8_t *const *w, const int8_t *const *x, const int 
                     const __m256i q = _mm256_maddubs_epi16(size, _mm256_sign_epi8(b, four));
                     sums[i][j].a = _mm256_add_epi32(sums[i][j].a, _mm256_madd_epi16(p, ones));
                     sums[i][j].b = _mm256_add_epi32(sums[i][j].b, _mm256_madd_epi16(q, ones));
+                    settle(sums[i][j].a), settle(sums[i][j].b);
                 }
                 continue;
             }
@@ -128,6 +131,7 @@ INLINE void multiply(const uint8_t *const *w, const int8_t *const *x, const int 
                 const __m256i q = _mm256_add_epi16(_mm256_maddubs_epi16(b0, four), _mm256_maddubs_epi16(b1, more));
                 sums[i][j].a = _mm256_add_epi16(sums[i][j].a, p);
                 sums[i][j].b = _mm256_add_epi16(sums[i][j].b, q);
+                settle(sums[i][j].a), settle(sums[i][j].b);
             }
         }
     }
