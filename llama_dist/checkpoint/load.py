@@ -42,7 +42,7 @@ def fill_packed(weight: Packed, reader: Reader, name: str, place: Placement) -> 
 
     def put(rows: torch.Tensor) -> None:
         nonlocal done
-        for part in rows.split(step):
+        for part in torch.split(rows, step):
             wrong = pack(weight, part, done)
             if wrong is not None:
                 first = done + wrong + (place.start if place.dim == 0 else 0)

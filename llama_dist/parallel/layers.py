@@ -18,13 +18,14 @@ from fairscale.nn.model_parallel import initialize as fs
 from fairscale.nn.model_parallel import layers as fs_layers
 from torch import nn
 
-from llama_dist.kernels.linear import compiled, linear, unit_sums
+from llama_dist.kernels.linear import fastest, linear, unit_sums
+from llama_dist.kernels.program import Program
 from llama_dist.kernels.tree import Node, roots, total
 from llama_dist.parallel.control import guarded
 from llama_dist.parallel.units import Cut, Slice
 from llama_dist.quant import product as packed_product
 from llama_dist.quant.packed import Packed, empty, together
-from llama_dist.quant.scheme import SCHEMES
+from llama_dist.quant.scheme import BLOCK, SCHEMES
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,6 @@ class Part:
     device: torch.device
     reproducible: bool = False
     quantization: str | None = None
-
-
-FEW_ROWS = 16  # up to so many the project's kernel is faster than torch's, beyond it is not
 
 
 @dataclass(frozen=True)
@@ -102,12 +100,25 @@ def total_of_ranks(sums: torch.Tensor, nodes: Sequence[Sequence[Node]]) -> torch
 
 
 def product(x: torch.Tensor, w: torch.Tensor | Packed, bias: torch.Tensor | None, reproducible: bool) -> torch.Tensor:
-    """x [n, k] times w [m, k] transposed: by the project's own kernel where it must be, or is the faster one."""
+    """x [n, k] times w [m, k] transposed: by the kernel whose rows keep their bits where it must be, or the fastest."""
     if isinstance(w, Packed):
         return packed_product.linear(x, w, bias)
-    if reproducible or (len(x) <= FEW_ROWS and compiled(x)):
-        return linear(x, w, bias)
-    return F.linear(x, w, bias)
+    return linear(x, w, bias) if reproducible else fastest(x, w, bias)
+
+
+def partial_sums(x: torch.Tensor, w: torch.Tensor | Packed, unit: int, first: int) -> torch.Tensor:
+    """Partial products by unit, added up to the roots of this run of units, the first being number `first`."""
+    return packed_product.unit_sums(x, w, first) if isinstance(w, Packed) else unit_sums(x, w, unit, first)
+
+
+def rows_of(w: torch.Tensor | Packed, start: int, stop: int) -> torch.Tensor | Packed:
+    """Some rows of a weight, a view; `start` and `stop` are multiples of 16, or `stop` lies past the end."""
+    return w.blocks(start // BLOCK, -(-stop // BLOCK)) if isinstance(w, Packed) else w[start:stop]
+
+
+def units_of(w: torch.Tensor | Packed, unit: int, start: int, stop: int) -> torch.Tensor | Packed:
+    """The columns of units `start` up to `stop`, a view."""
+    return w.units(start, stop) if isinstance(w, Packed) else w[:, start * unit : stop * unit]
 
 
 class ColumnParallelLinear(fs_layers.ColumnParallelLinear):  # type: ignore[misc]
@@ -141,12 +152,15 @@ class FusedColumns(nn.Module):
         super().__init__()
         self.sizes = [layer.output_size_per_partition for layer in layers]
         self.reproducible = layers[0].reproducible
+        packed = [layer.weight for layer in layers if isinstance(layer.weight, Packed)]
+        parts: Sequence[nn.Parameter | Packed]
         self.weight: torch.Tensor | Packed
-        if isinstance(layers[0].weight, Packed):
-            self.weight, parts = together([layer.weight for layer in layers])
-            self.widths = [part.padded_rows for part in parts]
+        if packed:
+            self.weight, parts = together(packed)
+            self.widths = [part.padded_rows for part in packed]
         else:
-            self.weight, self.widths = torch.cat([layer.weight for layer in layers]), self.sizes
+            self.weight = torch.cat([layer.weight for layer in layers if isinstance(layer.weight, nn.Parameter)])
+            self.widths = self.sizes
             parts = [nn.Parameter(rows, requires_grad=False) for rows in torch.split(self.weight, self.sizes)]
         for layer, part in zip(layers, parts, strict=True):
             layer.weight = part
@@ -155,11 +169,18 @@ class FusedColumns(nn.Module):
             for layer, entries in zip(layers, torch.split(self.bias, self.widths), strict=True):
                 layer.bias = nn.Parameter(entries[: layer.output_size_per_partition], requires_grad=False)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        parts = torch.split(product(x, self.weight, self.bias, self.reproducible), self.widths, 1)
-        if self.widths is self.sizes:
-            return parts
+    def _split(self, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        parts = torch.split(y, self.widths, 1)
         return tuple(part[:, :size] for part, size in zip(parts, self.sizes, strict=True))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self._split(product(x, self.weight, self.bias, self.reproducible))
+
+    def lay(self, program: Program, x: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
+        """Append it to a program; the rows it makes are called `name`."""
+        y = program.rows(name, sum(self.widths))
+        program.linear(x, self.weight, self.bias, y)
+        return self._split(y)
 
 
 class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
@@ -185,17 +206,46 @@ class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
         self.bias = _parameter(part, out_features) if bias else None
         self.placements = {"weight": Placement(1, mine.start, mine.stop), "bias": Placement()}
 
+    @property
+    def units(self) -> torch.Tensor | Packed:
+        """The weight without the zero units."""
+        return units_of(self.weight, self.unit, 0, self.n_units)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.reproducible:
-            x = x[:, : self.n_units * self.unit]
-            if isinstance(self.weight, Packed):
-                sums = packed_product.unit_sums(x, self.weight.units(0, self.n_units), self.first)
-            else:
-                sums = unit_sums(x, self.weight[:, : x.shape[1]], self.unit, self.first)
+            sums = partial_sums(x[:, : self.n_units * self.unit], self.units, self.unit, self.first)
             y = total_of_ranks(sums, self.nodes).to(x.dtype)
         else:
             y = reduce(product(x, self.weight, None, False))
         return y if self.bias is None else y + self.bias
+
+    def lay(self, program: Program, x: torch.Tensor, name: str) -> torch.Tensor:
+        """Append it to a program, its reduction too; the rows it makes are called `name`."""
+        y = program.rows(name, self.out_features)
+        if self.reproducible:
+            width, mine = self.n_units * self.unit, roots(self.first, self.n_units)
+            planes = program.rows("planes of " + name, self.out_features, max(1, len(mine)))
+            if width:
+                program.unit_sums(x[:, :width], self.units, self.unit, self.first, planes)
+            if len(self.nodes) == 1:
+                program.add_planes(planes, mine, y)
+            else:
+                program.call(lambda n: _copy(y, total_of_ranks(planes[: len(mine), :n], self.nodes)))
+        else:
+            program.linear(x, self.weight, None, y)
+            if len(self.nodes) > 1:
+                program.call(lambda n: _reduce(y[:n]))
+        if self.bias is not None:
+            program.add(y, self.bias, y)
+        return y
+
+
+def _copy(to: torch.Tensor, rows: torch.Tensor) -> None:
+    to[: len(rows)] = rows
+
+
+def _reduce(x: torch.Tensor) -> None:
+    reduce(x)
 
 
 class VocabParallelEmbedding(fs_layers.VocabParallelEmbedding):  # type: ignore[misc]

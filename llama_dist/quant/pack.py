@@ -83,9 +83,7 @@ def _search(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         fitted, at = torch.where(can, fitted, tried), torch.where(can, at, from_)
         error = _sum((codes(fitted, at) * fitted[..., None] + at[..., None] - w).square())
         better = error < least
-        scale, low, least = (
-            torch.where(better, new, old) for new, old in ((fitted, scale), (at, low), (error, least))
-        )
+        scale, low, least = (torch.where(better, new, old) for new, old in ((fitted, scale), (at, low), (error, least)))
     return scale, low
 
 

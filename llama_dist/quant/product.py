@@ -15,8 +15,7 @@ def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torc
     """x [m, k] times w [n, k] transposed, plus bias [n]: [m, n] in x's dtype. A row's bits depend on the row alone."""
     if not quantized.compiled(x):
         return linear_twin(x, w, bias)
-    y = torch.empty(len(x), w.rows, dtype=x.dtype)
-    return quantized.product(x, w.scheme.bits, w.codes, w.scales, w.factors, w.unit, bias, y, quantized.WHOLE)
+    return quantized.product(x, w, bias, torch.empty(len(x), w.rows, dtype=x.dtype), quantized.WHOLE)
 
 
 def linear_twin(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -32,9 +31,7 @@ def unit_sums(x: torch.Tensor, w: Packed, first: int) -> torch.Tensor:
     if not quantized.compiled(x):
         return unit_sums_twin(x, w, first)
     y = torch.empty(len(roots(first, w.n_units)), len(x), w.rows, dtype=torch.float32)
-    if not w.n_units:
-        return y
-    return quantized.product(x, w.scheme.bits, w.codes, w.scales, w.factors, w.unit, None, y, first)
+    return quantized.product(x, w, None, y, first) if w.n_units else y
 
 
 def unit_sums_twin(x: torch.Tensor, w: Packed, first: int) -> torch.Tensor:

@@ -176,12 +176,9 @@ void team::quantized(int is_bf16, const void *x, int64_t ldx, const Packed &w, c
 
 // x [m, n_units * unit], rows ldx apart; y [planes, m, n] in x's type or float; bias [n] in x's type or null. Planes are
 // the roots of the tree over units number first ... first + n_units - 1, or one whole sum where first is negative.
-extern "C" int llama_dist_quantized(int is_bf16, const void *x, int64_t ldx, int bits, const uint8_t *codes,
-                                    const uint8_t *scales, const float *factors, int64_t block_groups, int64_t block_units,
-                                    int64_t unit, int64_t n_units, const void *bias, void *y, int64_t ldy, int64_t plane,
-                                    int y_f32, int64_t m, int64_t n, int64_t first, int threads) {
-    const team::Packed w{bits, codes, scales, factors, block_groups, block_units, unit, n_units};
+extern "C" int llama_dist_quantized(int is_bf16, const void *x, int64_t ldx, const team::Packed *w, const void *bias, void *y,
+                                    int64_t ldy, int64_t plane, int y_f32, int64_t m, int64_t n, int64_t first, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    team::quantized(is_bf16, x, ldx, w, bias, y, ldy, plane, y_f32, m, n, first, threads);
+    team::quantized(is_bf16, x, ldx, *w, bias, y, ldy, plane, y_f32, m, n, first, threads);
     return 0;
 }

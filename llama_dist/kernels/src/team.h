@@ -11,7 +11,7 @@ void linear(int is_bf16, const void *x, int64_t ldx, const void *w, int64_t ldw,
 
 // Packed weights, as groups.h says; from one block of sixteen rows to the next are block_groups groups, block_units factors.
 struct Packed {
-    int bits;
+    int64_t bits;
     const uint8_t *codes, *scales;
     const float *factors;
     int64_t block_groups, block_units, unit, n_units;
