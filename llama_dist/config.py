@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llama_dist.errors import ConfigError
-from llama_dist.quant.scheme import SCHEMES
+from llama_dist.quant.scheme import QUANTIZATIONS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
-QUANTIZATIONS = tuple(SCHEMES)
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class RunConfig:
     computed once.
     `model_parallel_size` None: all ranks hold one copy of the model together; smaller than the world: replicas.
     `units` None: 8, or the model-parallel size where that is larger. `timeout` in seconds bounds every collective.
-    `quantization`: the scheme (quant/scheme.py) by which weights are packed while loading; None: they are of `dtype`.
+    `quantization`: how weights are packed while loading (quant/scheme.py); None: they stay in `dtype`.
     `check_every`: ticks between two comparisons of what the ranks sampled. `reproducible`: the same bits on any number
     of ranks, in any batch.
     """

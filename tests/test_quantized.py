@@ -15,14 +15,16 @@ from llama_dist.quant import pack as packing
 from llama_dist.quant import product
 from llama_dist.quant.pack import pack, pack_twin, unpack
 from llama_dist.quant.packed import Packed, empty, together
-from llama_dist.quant.scheme import GROUP, SCHEMES, packed_bytes
+from llama_dist.quant.scheme import GROUP, INT4, INT6, INT8, packed_bytes
 from tests.kernel_cases import DTYPES, askew, need_kernels, same_bits, threads
 
 CPU = torch.device("cpu")
+SCHEMES = {"int8": INT8, "int6": INT6, "int4": INT4}
+MOST = 4095  # a number of x, as the kernel rounds it
 SHAPES = ((48, 576, 1), (40, 72, 3), (17, 8, 9), (33, 192, 5), (1, 45, 1), (64, 64, 2))
 """Rows, columns of a unit, units."""
 # Errors of normally distributed weights, as a share of their root mean square: measured, and a tenth more.
-NEAR = {"int8": 0.0061, "int4": 0.0800}
+NEAR = {"int8": 0.0061, "int6": 0.0250, "int4": 0.0800}
 
 
 def some(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -51,7 +53,11 @@ def test_near_the_weights(name: str) -> None:
     held = packed(name, w, 2048, 1)
     error = ((unpack(held) - w).norm() / w.norm()).item()
     assert 0.8 * NEAR[name] < error < NEAR[name]
-    assert held.nbytes == packed_bytes(SCHEMES[name], 64, 2048, 1) < 64 * 2048 * {"int8": 1.04, "int4": 0.57}[name]
+    assert (
+        held.nbytes
+        == packed_bytes(SCHEMES[name], 64, 2048, 1)
+        < 64 * 2048 * {"int8": 1.04, "int6": 0.79, "int4": 0.57}[name]
+    )
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -63,7 +69,7 @@ def test_no_weight_is_far(name: str, rows: int, unit: int, n_units: int) -> None
     pad = -unit % GROUP
     groups = torch.nn.functional.pad(w.view(rows, n_units, unit), (0, pad)).unflatten(2, (-1, GROUP))
     span = groups.clamp(min=0).amax(-1) - groups.clamp(max=0).amin(-1)
-    steps = {"int8": 1 / 127, "int4": 1.1 / 15}[name]
+    steps = {"int8": 1 / 127, "int6": 1 / 31, "int4": 1.1 / 15}[name]
     step = (span * steps + span.amax(2, keepdim=True) / 127 / 255)[..., None].expand(groups.shape)
     off = torch.nn.functional.pad((unpack(held) - w).view(rows, n_units, unit), (0, pad)).unflatten(2, (-1, GROUP))
     assert (off.abs() <= step + 1e-30).all()
@@ -107,13 +113,13 @@ def test_what_cannot_be_packed_is_found(name: str, bad: float) -> None:
 
 
 def rounded(x: torch.Tensor, unit: int) -> torch.Tensor:
-    """What the kernel takes x for, in float64: 8 bits for each group of 32 numbers of a unit."""
+    """What the kernel takes x for, in float64: whole numbers for each group of 32 numbers of a unit."""
     m, n_units = len(x), x.shape[1] // unit
     groups = torch.nn.functional.pad(x.float().view(m, n_units, unit), (0, -unit % GROUP)).unflatten(2, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True)
-    by = torch.full_like(largest, 127) / largest  # `127 / largest` is 127 times its reciprocal, rounded twice
+    by = torch.full_like(largest, MOST) / largest  # `MOST / largest` is MOST times its reciprocal, rounded twice
     codes = (groups * torch.where(largest > 0, by, 0)).round()
-    return (codes.double() * (largest / 127).double()).flatten(2)[..., :unit].reshape(m, -1)
+    return (codes.double() * (largest / MOST).double()).flatten(2)[..., :unit].reshape(m, -1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -133,9 +139,11 @@ def test_product_is_that_of_its_numbers(name: str, rows: int, unit: int, n_units
         limit = 1e-6 * size[:m] + (exact[:m] + bias).abs() * torch.finfo(dtype).eps
         assert y.dtype == dtype and ((y.double() - exact[:m] - bias.double()).abs() <= limit).all()
         off = product.linear_twin(x[:m], held, bias).double() - exact[:m] - bias.double()
-        steps = x[:m].float().abs().amax(1, keepdim=True).double() / 254 * unpack(held, torch.float64).abs().sum(1)
+        steps = (
+            x[:m].float().abs().amax(1, keepdim=True).double() / (2 * MOST) * unpack(held, torch.float64).abs().sum(1)
+        )
         slack = (size[:m] + exact[:m].abs() + bias.abs()) * torch.finfo(dtype).eps
-        assert (off.abs() <= steps + slack).all(), "the twin is further off than rounding x to 8 bits explains"
+        assert (off.abs() <= steps + slack).all(), "the twin is further off than rounding x explains"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

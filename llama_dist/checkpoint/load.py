@@ -48,7 +48,7 @@ def fill_packed(weight: Packed, reader: Reader, name: str, place: Placement) -> 
                 first = done + wrong + (place.start if place.dim == 0 else 0)
                 raise CheckpointError(
                     f"{name} has a NaN or a number beyond 1e30 in rows {first} to {first + BLOCK - 1}, "
-                    f"which {weight.scheme.name} cannot hold; leave --quantization out"
+                    f"which cannot be packed in {weight.scheme.bits} bits; leave --quantization out"
                 )
             done += len(part)
 

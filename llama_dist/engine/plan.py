@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from llama_dist.config import ModelConfig
 from llama_dist.model.families import tensor_shapes
 from llama_dist.parallel.units import Units, cut_model, units_for
-from llama_dist.quant.scheme import SCHEMES, packed_bytes
+from llama_dist.quant.scheme import QUANTIZATIONS, packed_bytes
 
 OVERHEAD = 10**9  # bytes a GPU loses to CUDA's context, communication buffers and the allocator's slack
 HOST_SLACK = 300 * 10**6  # bytes of host memory while loading, beyond the shard and one slice
@@ -99,7 +99,9 @@ def weight_sizes(
         layer = name.split(".")[-2]
         if len(shape) == 2 and layer != "tok_embeddings":
             unit = cuts.get(layer, shape[1])
-            sizes.append(packed_bytes(SCHEMES[quantization], shape[0], unit, shape[1] // unit))
+            schemes = QUANTIZATIONS[quantization]
+            scheme = schemes.output if layer == "output" else schemes.layers
+            sizes.append(packed_bytes(scheme, shape[0], unit, shape[1] // unit))
         else:
             sizes.append(dtype_bytes * math.prod(shape))
     return sizes

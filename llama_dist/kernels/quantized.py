@@ -39,7 +39,7 @@ def product(x: torch.Tensor, w: Packed, bias: torch.Tensor | None, y: torch.Tens
     """x [m, k] times w [n, k] transposed, plus bias [n] -> y [..., m, n], in x's dtype or float32.
 
     y's planes are the roots of the tree over w's units, number `first` and on; `first` WHOLE: one sum over all units,
-    one plane. Each group of 32 numbers of x is rounded to 8 bits. The sum over a group is exact.
+    one plane. Each group of 32 numbers of x is rounded to whole numbers up to 4095. The sum over a group is exact.
     """
     assert x.stride(1) == y.stride(-1) == 1 and (len(x), *w.shape) == (*y.shape[-2:], x.shape[1]), (x.shape, y.shape)
     assert bias is None or (bias.dtype == x.dtype and bias.is_contiguous() and len(bias) == w.rows)

@@ -18,6 +18,7 @@ from llama_dist.model.rope import Rope
 from llama_dist.parallel.layers import (
     ColumnParallelLinear,
     FusedColumns,
+    OutputLinear,
     Part,
     Placement,
     RowParallelLinear,
@@ -83,7 +84,7 @@ class Transformer(nn.Module):
         self.tok_embeddings = VocabParallelEmbedding(vocab, config.dim, part)
         self.layers = nn.ModuleList(Block(config, layer, units, part) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps, part)
-        self.output = ColumnParallelLinear(config.dim, vocab, part, bias=False)
+        self.output = OutputLinear(config.dim, vocab, part, bias=False)
         if config.tied_embeddings and part.quantization is None:
             self.output.weight = self.tok_embeddings.weight  # packed, the output is a copy: rows are looked up unpacked
         self.rope = Rope(config, part.device)

@@ -25,14 +25,14 @@ from llama_dist.parallel.control import guarded
 from llama_dist.parallel.units import Cut, Slice
 from llama_dist.quant import product as packed_product
 from llama_dist.quant.packed import Packed, empty, together
-from llama_dist.quant.scheme import BLOCK, SCHEMES
+from llama_dist.quant.scheme import BLOCK, Quantization, Scheme
 
 
 @dataclass(frozen=True)
 class Part:
     """What a rank makes of a model: part `rank` of `n_ranks`. `reproducible`: no sum depends on `n_ranks`.
 
-    `quantization` names the scheme by which the weights of products are packed; None: they are of `dtype`.
+    `quantization`: how the weights of products are packed; None: they are of `dtype`.
     """
 
     rank: int
@@ -40,7 +40,12 @@ class Part:
     dtype: torch.dtype
     device: torch.device
     reproducible: bool = False
-    quantization: str | None = None
+    quantization: Quantization | None = None
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How the weights of the layers are packed."""
+        return None if self.quantization is None else self.quantization.layers
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,11 @@ def _parameter(part: Part, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=part.dtype, device=part.device), requires_grad=False)
 
 
-def _weight(part: Part, rows: int, unit: int, n_units: int = 1) -> nn.Parameter | Packed:
+def _weight(part: Part, scheme: Scheme | None, rows: int, unit: int, n_units: int = 1) -> nn.Parameter | Packed:
     """Room for a weight [rows, n_units * unit] that is multiplied with."""
-    if part.quantization is None:
+    if scheme is None:
         return _parameter(part, rows, n_units * unit)
-    return empty(SCHEMES[part.quantization], rows, unit, n_units, part.device)
+    return empty(scheme, rows, unit, n_units, part.device)
 
 
 def reduce(x: torch.Tensor) -> torch.Tensor:
@@ -134,12 +139,22 @@ class ColumnParallelLinear(fs_layers.ColumnParallelLinear):  # type: ignore[misc
         self.gather_output = False
         self.output_size_per_partition = rows.padded
         self.reproducible = part.reproducible
-        self.weight = _weight(part, rows.padded, in_features)
+        self.weight = _weight(part, self._scheme(part), rows.padded, in_features)
         self.bias = _parameter(part, rows.padded) if bias else None
         self.placements = {"weight": Placement(0, rows.start, rows.stop), "bias": Placement(0, rows.start, rows.stop)}
 
+    def _scheme(self, part: Part) -> Scheme | None:
+        return part.scheme
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return product(x, self.weight, self.bias, self.reproducible)
+
+
+class OutputLinear(ColumnParallelLinear):
+    """The output head: the vocabulary is cut. x [n, dim] -> this rank's logits."""
+
+    def _scheme(self, part: Part) -> Scheme | None:
+        return None if part.quantization is None else part.quantization.output
 
 
 class FusedColumns(nn.Module):
@@ -202,7 +217,7 @@ class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
         n_units = [-(-rows.size // columns.unit) for rows in held]
         self.n_units = n_units[part.rank]
         self.nodes = [roots(rank * per_rank, n) for rank, n in enumerate(n_units)]
-        self.weight = _weight(part, out_features, columns.unit, per_rank)
+        self.weight = _weight(part, part.scheme, out_features, columns.unit, per_rank)
         self.bias = _parameter(part, out_features) if bias else None
         self.placements = {"weight": Placement(1, mine.start, mine.stop), "bias": Placement()}
 

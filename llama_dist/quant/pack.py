@@ -11,7 +11,7 @@ import torch
 
 from llama_dist.kernels import build
 from llama_dist.quant.packed import Packed, empty
-from llama_dist.quant.scheme import BLOCK, GROUP, groups_of
+from llama_dist.quant.scheme import BLOCK, GROUP, INT4, groups_of
 
 LARGEST = 1e30  # of a weight: sums of squares must not overflow
 SMALLEST = 1e-30  # of the largest scale of a unit of a row; below it the weights count as zero
@@ -94,10 +94,7 @@ def pack_twin(into: Packed, w: torch.Tensor) -> int | None:
     room[: len(w), : w.shape[1]] = w
     padded = torch.nn.functional.pad(room.view(-1, n_units, unit), (0, groups * GROUP - unit))
     g = padded.view(-1, n_units, groups, GROUP)
-    if into.scheme.bits == 8:
-        codes, scales, factors = _codes8(g)
-    else:
-        codes, scales, factors = _codes4(g)
+    codes, scales, factors = _fitted(g) if into.scheme == INT4 else _even(g, into.scheme.bits)
     into.factors.copy_(factors.view(-1, BLOCK, n_units).transpose(1, 2))
     laid = [s.view(-1, BLOCK, n_units * groups).transpose(1, 2) for s in scales]
     into.scales.copy_(torch.cat(laid, -1).to(torch.uint8))
@@ -111,15 +108,18 @@ def _factors(scale: torch.Tensor) -> torch.Tensor:
     return (largest * (1 / 255)).masked_fill(largest <= SMALLEST, 0)
 
 
-def _codes8(g: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor], torch.Tensor]:
-    span = g.abs().amax(-1) * (1 / 127)
+def _even(g: torch.Tensor, bits: int) -> tuple[torch.Tensor, Sequence[torch.Tensor], torch.Tensor]:
+    """Codes, scales and factors of groups [rows, units, groups, 32], zero in the middle of the codes."""
+    most = 2 ** (bits - 1) - 1
+    span = g.abs().amax(-1) * (1 / most)
     factor = _factors(span)
     scale = (span * _inverse(factor)[..., None]).ceil().clamp(max=255)  # upwards: the largest must fit
     by = _inverse(scale * factor[..., None])[..., None]
-    return (g * by).clamp(-127, 127).round(), (scale,), factor
+    return (g * by).clamp(-most, most).round() + (most + 1), (scale,), factor
 
 
-def _codes4(g: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor], torch.Tensor]:
+def _fitted(g: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor], torch.Tensor]:
+    """The same of four bits, with scales and zero points."""
     span, low = _search(g)
     factor = _factors(span)
     exact = span * _inverse(factor)[..., None]
@@ -134,25 +134,38 @@ def _codes4(g: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor], torc
 
 
 def _lay_out(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes [rows, groups, 32] -> uint8 [blocks, groups, bytes]."""
+    """Codes [rows, groups, 32] -> uint8 [blocks, groups, bytes], as kernels/src/groups.h says."""
     # row 16 b + r, number 4 s + k of the group -> [b, group, s, r, k]
-    laid = codes.to(torch.int8).view(-1, BLOCK, codes.shape[1], GROUP // 4, 4).permute(0, 2, 3, 1, 4)
-    laid = laid.contiguous().view(torch.uint8)
-    if bits == 4:
-        laid = laid[:, :, :4] | laid[:, :, 4:] << 4
-    return laid.flatten(2)
+    laid = codes.to(torch.uint8).view(-1, BLOCK, codes.shape[1], GROUP // 4, 4).permute(0, 2, 3, 1, 4)
+    if bits == 8:
+        return laid.flatten(2)
+    low, high = laid & 15, laid >> 4
+    lines = [low[:, :, :4] | low[:, :, 4:] << 4]
+    if bits == 6:
+        lines.append(high[:, :, :4:2] | high[:, :, 4::2] << 2 | high[:, :, 1:4:2] << 4 | high[:, :, 5::2] << 6)
+    return torch.cat(lines, 2).flatten(2)
+
+
+def _codes(w: Packed) -> torch.Tensor:
+    """The codes as they were laid out: uint8 [blocks, groups, 8, 16, 4]."""
+    lines = w.codes.view(len(w.codes), w.n_units * groups_of(w.unit), -1, BLOCK, 4)
+    if w.scheme.bits == 8:
+        return lines
+    laid = torch.cat((lines[:, :, :4] & 15, lines[:, :, :4] >> 4), 2)
+    if w.scheme.bits == 6:
+        for at, shift in ((0, 0), (4, 2), (1, 4), (5, 6)):
+            laid[:, :, at : at + 3 : 2] |= (lines[:, :, 4:] >> shift & 3) << 4
+    return laid
 
 
 def unpack(w: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The weights that the codes stand for: [rows, n_units * unit], computed in `dtype`."""
-    blocks, n_units, groups = len(w.codes), w.n_units, groups_of(w.unit)
-    laid = w.codes.view(blocks, n_units * groups, -1, BLOCK, 4)
+    n_units, groups = w.n_units, groups_of(w.unit)
     scale = w.scales[..., :BLOCK].to(dtype)
-    if w.scheme.bits == 8:
-        codes = laid.view(torch.int8).to(dtype)
-    else:
-        zero = w.scales[..., BLOCK:].to(dtype) / 16
-        codes = torch.cat((laid & 15, laid >> 4), 2).to(dtype) - zero[:, :, None, :, None]
+    zero = (
+        w.scales[..., BLOCK:].to(dtype) / 16 if w.scheme == INT4 else torch.full_like(scale, 2 ** (w.scheme.bits - 1))
+    )
+    codes = _codes(w).to(dtype) - zero[:, :, None, :, None]
     # [b, group, s, r, k] -> row 16 b + r, number 4 s + k of the group
     of_row = (codes * scale[:, :, None, :, None]).permute(0, 3, 1, 2, 4).reshape(-1, n_units, groups * GROUP)
     factors = w.factors.to(dtype).transpose(1, 2).reshape(-1, n_units, 1)

@@ -83,10 +83,14 @@ INLINE Range search(const Lanes *w) {
     return best;
 }
 
-INLINE Lanes span(const Lanes *w) {  // what one step of eight bits must be
+template <int BITS>
+constexpr int LARGEST_CODE = (1 << (BITS - 1)) - 1;  // where codes have a sign
+
+template <int BITS>
+INLINE Lanes span(const Lanes *w) {  // what one step must be
     Lanes largest = all(0.0f);
     for (int i = 0; i < GROUP; i++) largest = more(largest, pick(w[i] < all(0.0f), all(0.0f) - w[i], w[i]));
-    return largest * all(1.0f / 127);
+    return largest * all(1.0f / LARGEST_CODE<BITS>);
 }
 
 INLINE void put_bytes(uint8_t *to, Lanes x) {
@@ -98,9 +102,22 @@ INLINE void put_bytes(uint8_t *to, Lanes x) {
 // The codes of a group, by their places.
 template <int BITS>
 INLINE void put_codes(uint8_t *to, const uint8_t (*codes)[WIDTH]) {
-    for (int i = 0; i < GROUP * BITS / 8; i++)
-        for (int r = 0; r < WIDTH; r++)
-            to[(i / 4 * WIDTH + r) * 4 + i % 4] = BITS == 8 ? codes[i][r] : codes[i][r] | codes[i + GROUP / 2][r] << 4;
+    auto line = [&](int step, int n, auto code) {
+        for (int k = 0; k < 4; k++)
+            for (int r = 0; r < WIDTH; r++) to[n * STEP_BYTES + r * 4 + k] = uint8_t(code(4 * step + k, r));
+    };
+    if (BITS == 8) {
+        for (int s = 0; s < STEPS; s++) line(s, s, [&](int i, int r) { return codes[i][r]; });
+        return;
+    }
+    constexpr int HALF = GROUP / 2;  // from step s to s + 4
+    for (int s = 0; s < 4; s++)
+        line(s, s, [&](int i, int r) { return (codes[i][r] & 15) | (codes[i + HALF][r] & 15) << 4; });
+    if (BITS == 4) return;
+    for (int s = 0; s < 4; s += 2)
+        line(s, 4 + s / 2, [&](int i, int r) {
+            return codes[i][r] >> 4 | codes[i + HALF][r] >> 4 << 2 | codes[i + 4][r] >> 4 << 4 | codes[i + 4 + HALF][r] >> 4 << 6;
+        });
 }
 
 // One unit of a block. Returns whether its numbers are sound.
@@ -112,7 +129,7 @@ bool pack_unit(const From &from, int64_t start, int64_t unit, uint8_t *codes, ui
     bool sound = true;
     for (int64_t g = 0; g < groups; g++) {
         sound &= read_group(from, start + g * GROUP, std::min<int64_t>(GROUP, unit - g * GROUP), w);
-        ranges[g] = BITS == 4 ? search(w) : Range{span(w), all(0.0f)};
+        ranges[g] = BITS == 4 ? search(w) : Range{span<BITS>(w), all(0.0f)};
         largest = more(largest, ranges[g].scale);
     }
     const Lanes factor = pick(all(1e-30f) < largest, largest * all(1.0f / 255), all(0.0f)), over = inverse(factor);
@@ -122,10 +139,12 @@ bool pack_unit(const From &from, int64_t start, int64_t unit, uint8_t *codes, ui
         uint8_t found[GROUP][WIDTH];
         const Lanes exact = ranges[g].scale * over;
         Lanes scale = near(exact);
-        if (BITS == 8) {
+        if (BITS != 4) {
             scale = less(pick(scale < exact, scale + all(1.0f), scale), all(255.0f));  // upwards: the largest must fit
             const Lanes step = scale * factor, by = inverse(step);
-            for (int i = 0; i < GROUP; i++) put_bytes(found[i], near(within(w[i] * by, -127, 127)));
+            constexpr int MOST_CODE = LARGEST_CODE<BITS>, ZERO = Format<BITS>::ZERO;
+            for (int i = 0; i < GROUP; i++)
+                put_bytes(found[i], near(within(w[i] * by, -MOST_CODE, MOST_CODE)) + all(ZERO));
         } else {
             scale = pick(all(0.0f) < exact, within(scale, 1, 255), all(0.0f));
             const Lanes step = scale * factor, by = inverse(step);
@@ -166,7 +185,9 @@ extern "C" int llama_dist_pack(int bits, const float *w, int64_t ldw, int64_t ro
                 uint8_t *c = codes + g * Format<BITS>::CODES, *s = scales + g * Format<BITS>::SCALES;
                 return pack_unit<BITS>(from, u * unit, unit, c, s, factors + i * WIDTH);
             };
-            const bool sound = bits == 8 ? pack(std::integral_constant<int, 8>{}) : pack(std::integral_constant<int, 4>{});
+            const bool sound = bits == 8   ? pack(std::integral_constant<int, 8>{})
+                               : bits == 6 ? pack(std::integral_constant<int, 6>{})
+                                           : pack(std::integral_constant<int, 4>{});
             if (!sound) fault = std::min(fault, b * WIDTH);
         }
     }

@@ -31,45 +31,49 @@ struct Job {
     int64_t groups() const { return w.n_units * unit_groups(); }
 };
 
-// Up to M_BLOCK rows of x as whole numbers: codes [m][groups][32], and of each group its scale and the sum of its codes.
+constexpr int X_BYTES = 2 * GROUP;  // of a group of x
+
+// Up to M_BLOCK rows of x as whole numbers: [m][groups][64], as groups.h places them, and of each group its scale and sum.
 struct Rows {
-    std::vector<int8_t> codes;
+    std::vector<int8_t> numbers;
     std::vector<float> scales;
     std::vector<int> sums;
 };
 
 INLINE Lanes magnitude(Lanes x) { return pick(x < all(0.0f), all(0.0f) - x, x); }
 
-// n numbers, at most 32, then zeros -> codes from -127 to 127. A NaN or an infinite number makes the scale NaN.
+// n numbers, at most 32, then zeros -> whole numbers from -MOST to MOST. A NaN or an infinite one makes the scale NaN.
 template <class T>
-INLINE void round_group(const T *x, int64_t n, int8_t *codes, float &scale, int &sum_of_codes) {
+INLINE void round_group(const T *x, int64_t n, int8_t *to, float &scale, int &total) {
     const Lanes a = load(x, n), b = n > WIDTH ? load(x + WIDTH, n - WIDTH) : all(0.0f);
     const Lanes p = magnitude(a), q = magnitude(b);
     const float largest = most(pick(p < q, q, p));
     const bool counts = largest >= SMALLEST;
-    const Lanes by = all(counts ? 127.0f / largest : 0.0f);
-    scale = (counts ? largest / 127.0f : 0.0f) + sum(a * all(0.0f) + b * all(0.0f));
+    const Lanes by = all(counts ? MOST / largest : 0.0f);
+    scale = (counts ? largest / MOST : 0.0f) + sum(a * all(0.0f) + b * all(0.0f));
     uint32_t bits[GROUP];  // with WHOLE added a whole number stands in the low bits
     store((float *)bits, a * by + all(WHOLE));
     store((float *)bits + WIDTH, b * by + all(WHOLE));
-    sum_of_codes = 0;
-    for (int i = 0; i < GROUP; i++) codes[i] = int8_t(bits[i]);
-    for (int i = 0; i < GROUP; i++) sum_of_codes += codes[i];
+    int16_t numbers[GROUP];
+    total = 0;
+    for (int i = 0; i < GROUP; i++) numbers[i] = int16_t(bits[i]);
+    for (int i = 0; i < GROUP; i++) total += numbers[i];
+    place(numbers, to);
 }
 
 template <class T>
 void round_rows(const Job &job, int64_t m, int64_t m_end, Rows &rows) {
     const int64_t a_unit = job.unit_groups(), groups = job.groups(), n = (m_end - m) * groups;
     if (int64_t(rows.scales.size()) < n) {
-        rows.codes.resize(n * GROUP);
+        rows.numbers.resize(n * X_BYTES);
         rows.scales.resize(n);
         rows.sums.resize(n);
     }
     for (int64_t i = 0; m < m_end; m++)
         for (int64_t g = 0; g < groups; g++, i++) {
-            const int64_t at = g % a_unit * GROUP;
+            const int64_t at = g % a_unit * GROUP, left = std::min<int64_t>(GROUP, job.w.unit - at);
             const T *x = (const T *)job.x + m * job.ldx + g / a_unit * job.w.unit + at;
-            round_group(x, std::min<int64_t>(GROUP, job.w.unit - at), &rows.codes[i * GROUP], rows.scales[i], rows.sums[i]);
+            round_group(x, left, &rows.numbers[i * X_BYTES], rows.scales[i], rows.sums[i]);
         }
 }
 
@@ -90,7 +94,7 @@ void tile(const Job &job, const Rows &rows, int64_t m, int64_t row, int64_t n) {
         codes[j] = job.w.codes + (n + j) * job.w.block_groups * CODES;
         scales[j] = job.w.scales + (n + j) * job.w.block_groups * SCALES;
     }
-    for (int i = 0; i < M; i++) x[i] = &rows.codes[(row + i) * groups * GROUP];
+    for (int i = 0; i < M; i++) x[i] = &rows.numbers[(row + i) * groups * X_BYTES];
     const float *x_scales = &rows.scales[row * groups];
     const int *x_sums = &rows.sums[row * groups];
     const bool whole = job.first < 0;
@@ -112,13 +116,13 @@ void tile(const Job &job, const Rows &rows, int64_t m, int64_t row, int64_t n) {
                 const Lanes zero = BITS == 4 ? lanes_of(scales[j] + WIDTH) : all(0.0f);
                 for (int i = 0; i < M; i++) {
                     Lanes v = lanes_of(sums[i][j]);
-                    if (BITS == 4) v = fma(zero, all(of_x[i] * (-1.0f / 16)), v);  // exact, a multiple of 1/16
+                    if (BITS == 4) v = fma(zero, all(of_x[i] * (-1.0f / 16)), v);
                     part[i][j] = fma(v, scale * all(x_scales[i * groups + g]), part[i][j]);
                 }
                 codes[j] += CODES;
                 scales[j] += SCALES;
             }
-            for (int i = 0; i < M; i++) x[i] += GROUP;
+            for (int i = 0; i < M; i++) x[i] += X_BYTES;
         }
         for (int j = 0; j < N; j++) {
             const Lanes factor = load(job.w.factors + ((n + j) * job.w.block_units + u) * WIDTH);
@@ -168,10 +172,9 @@ template <class T, int BITS> void run(const Job &job, int threads) {
 void team::quantized(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void *bias, void *y, int64_t ldy,
                      int64_t plane, int y_f32, int64_t m, int64_t n, int64_t first, int threads) {
     const Job job{x, ldx, w, bias, y, ldy, plane, y_f32 != 0, m, n, first};
-    if (w.bits == 8)
-        is_bf16 ? run<bf16, 8>(job, threads) : run<float, 8>(job, threads);
-    else
-        is_bf16 ? run<bf16, 4>(job, threads) : run<float, 4>(job, threads);
+    if (w.bits == 8) is_bf16 ? run<bf16, 8>(job, threads) : run<float, 8>(job, threads);
+    if (w.bits == 6) is_bf16 ? run<bf16, 6>(job, threads) : run<float, 6>(job, threads);
+    if (w.bits == 4) is_bf16 ? run<bf16, 4>(job, threads) : run<float, 4>(job, threads);
 }
 
 // x [m, n_units * unit], rows ldx apart; y [planes, m, n] in x's type or float; bias [n] in x's type or null. Planes are
