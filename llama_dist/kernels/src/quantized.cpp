@@ -14,6 +14,7 @@
 namespace {
 
 constexpr int64_t M_BLOCK = 64;     // rows of x that stay in the second cache while weights pass by
+constexpr int AHEAD = 2048;         // bytes of weights called into the cache before they are read
 constexpr float SMALLEST = 1e-30f;  // a group of x whose largest number is below counts as zero
 constexpr int TILE_M = 4, TILE_N = WHOLES == 2 ? 2 : 1;  // rows, and blocks of W, whose sums are in registers together
 
@@ -110,6 +111,8 @@ void tile(const Job &job, const Rows &rows, int64_t m, int64_t row, int64_t n) {
             Sums sums[M][N];
             int of_x[M];
             for (int i = 0; i < M; i++) of_x[i] = x_sums[i * groups + g];
+            for (int j = 0; j < N; j++)
+                for (int at = 0; at < CODES; at += 64) __builtin_prefetch(codes[j] + AHEAD + at);
             multiply<BITS, M, N>(codes, x, of_x, sums);
             for (int j = 0; j < N; j++) {
                 const Lanes scale = lanes_of(scales[j]);
