@@ -272,6 +272,44 @@ class PlanOptions:
             )
 
 
+@dataclass(frozen=True)
+class DoctorOptions:
+    """finds what is wrong with ranks, hosts, network and files
+
+    Start it as the job will be started, on the same ranks. It names ranks that are missing, stopped, slow or different,
+    pairs that cannot connect or are slow, and folders that are not shared, in less than a minute. Exit code 1 where
+    something is wrong.
+    """
+
+    ckpt_dir: str | None = field(default=None, metadata=option(f"{SHARED_HELP['ckpt_dir']}; looked at on every rank"))
+    output_file: str | None = field(
+        default=None, metadata=option("where a job would write: one small file is put beside it and taken away again")
+    )
+    model_parallel_size: int | None = field(
+        default=RunConfig.model_parallel_size, metadata=option(SHARED_HELP["model_parallel_size"])
+    )
+    device: str = field(default=RunConfig.device, metadata=option(SHARED_HELP["device"]))
+    timeout: float = field(default=20.0, metadata=option("seconds to wait for ranks to start"))
+    json: bool = field(default=False, metadata=option("one JSON object"))
+    verbose: bool = field(default=RunConfig.verbose, metadata=option(SHARED_HELP["verbose"]))
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout < math.inf:
+            raise ConfigError(f"--timeout is {self.timeout}, must be more than 0 seconds")
+        if self.output_file in ("", "-"):
+            raise ConfigError(f"--output_file is {self.output_file!r}, must be a path")
+        assert self.run  # checks the rest
+
+    @property
+    def run(self) -> RunConfig:
+        return RunConfig(
+            self.ckpt_dir or "",
+            model_parallel_size=self.model_parallel_size,
+            device=self.device,
+            verbose=self.verbose,
+        )
+
+
 ConvertFormat = Literal["hf", "meta"]
 
 
