@@ -20,6 +20,7 @@ from torch import nn
 
 from llama_dist.kernels.linear import compiled, linear, unit_sums
 from llama_dist.kernels.tree import Node, roots, total
+from llama_dist.parallel import shared
 from llama_dist.parallel.control import guarded
 from llama_dist.parallel.units import Cut, Slice
 
@@ -54,7 +55,10 @@ def _parameter(part: Part, *shape: int) -> nn.Parameter:
 def reduce(x: torch.Tensor) -> torch.Tensor:
     """Sum over the model-parallel ranks, in place."""
     group = fs.get_model_parallel_group()
-    if fs.get_model_parallel_world_size() > 1:
+    memory = shared.of(group)
+    if memory is not None and x.dtype in shared.SUMMED:
+        memory.sum(x)
+    elif fs.get_model_parallel_world_size() > 1:
         guarded("a reduction", lambda: dist.all_reduce(x, group=group))
     return x
 
@@ -66,6 +70,9 @@ def gather(x: torch.Tensor) -> torch.Tensor:
         return x
     group = fs.get_model_parallel_group()
     x = x.contiguous()
+    memory = shared.of(group)
+    if memory is not None:
+        return memory.gather(x, len(x)).flatten(1)
     parts = [torch.empty_like(x) for _ in range(n_ranks)]
     guarded("a gather", lambda: dist.all_gather(parts, x, group=group))
     return torch.cat(parts, dim=-1)
@@ -79,9 +86,13 @@ def total_of_ranks(sums: torch.Tensor, nodes: Sequence[Sequence[Node]]) -> torch
         return y
     most = max(len(mine) for mine in nodes)
     padded = F.pad(sums, (0, 0, 0, 0, 0, most - len(sums)))
-    parts = [torch.empty_like(padded) for _ in nodes]
     group = fs.get_model_parallel_group()
-    guarded("a reduction by unit", lambda: dist.all_gather(parts, padded, group=group))
+    memory = shared.of(group)
+    if memory is not None:
+        parts = list(memory.gather(padded, 1).view(len(nodes), *padded.shape))
+    else:
+        parts = [torch.empty_like(padded) for _ in nodes]
+        guarded("a reduction by unit", lambda: dist.all_gather(parts, padded, group=group))
     held = [value for part, mine in zip(parts, nodes, strict=True) for value in part[: len(mine)]]
     y = total([node for mine in nodes for node in mine], held)
     return y
