@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "dots.h"
+#include "team.h"
 
 namespace {
 
@@ -229,7 +230,7 @@ void attend_tile(const Rows<T> &rows) {
 
 // Few tiles over many keys: the threads share their segments.
 template <class T>
-void attend_shared(const Job<T> &job, const std::vector<Tile> &tiles, int threads) {
+void attend_shared(const Job<T> &job, const std::vector<Tile> &tiles) {
     struct Piece {
         int tile, segment;
         long state;
@@ -244,27 +245,29 @@ void attend_shared(const Job<T> &job, const std::vector<Tile> &tiles, int thread
             pieces.push_back({t, s, size});
     }
     first_piece.push_back(int(pieces.size()));
-    std::vector<float> states(size);
-#pragma omp parallel num_threads(threads)
-    {
+    float *states;  // one for the team
+#pragma omp single copyprivate(states)
+    states = new float[size];
 #pragma omp for schedule(dynamic)
-        for (int i = 0; i < int(pieces.size()); i++) {
-            alignas(64) float q[ROWS * MAX_DIM];
-            Rows<T> rows(job, tiles[pieces[i].tile]);
-            queries(rows, q);
-            attend_segment(rows, q, pieces[i].segment, states.data() + pieces[i].state);
-        }
-#pragma omp for schedule(dynamic)
-        for (int t = 0; t < int(tiles.size()); t++) {
-            Rows<T> rows(job, tiles[t]);
-            alignas(64) float state[STATE];
-            for (int i = first_piece[t]; i < first_piece[t + 1]; i++)
-                merge(rows, pieces[i].segment, states.data() + pieces[i].state, state);
-            finish(rows, state);
-        }
+    for (int i = 0; i < int(pieces.size()); i++) {
+        alignas(64) float q[ROWS * MAX_DIM];
+        Rows<T> rows(job, tiles[pieces[i].tile]);
+        queries(rows, q);
+        attend_segment(rows, q, pieces[i].segment, states + pieces[i].state);
     }
+#pragma omp for schedule(dynamic)
+    for (int t = 0; t < int(tiles.size()); t++) {
+        Rows<T> rows(job, tiles[t]);
+        alignas(64) float state[STATE];
+        for (int i = first_piece[t]; i < first_piece[t + 1]; i++)
+            merge(rows, pieces[i].segment, states + pieces[i].state, state);
+        finish(rows, state);
+    }
+#pragma omp single nowait
+    delete[] states;
 }
 
+// Called by every thread of a team.
 template <class T>
 void attend(Job<T> &job, int spans, const int *of_query, int kv_heads, int threads) {
     for (int h = 0; h < kv_heads; h++) {
@@ -274,26 +277,24 @@ void attend(Job<T> &job, int spans, const int *of_query, int kv_heads, int threa
     }
     job.first_reader.push_back(int(job.readers.size()));
     std::vector<Tile> tiles;
+    bool shared = false;
     long token = 0;
     for (int i = 0; i < spans; token += job.lengths[i++]) {
         job.first_token.push_back(token);
+        shared |= job.starts[i] + job.lengths[i] > SEGMENT;
         for (int h = 0; h < kv_heads; h++) {
             const int rows = job.lengths[i] * (job.first_reader[h + 1] - job.first_reader[h]);
             for (int first = 0; first < rows; first += ROWS) tiles.push_back({i, h, first, std::min(ROWS, rows - first)});
         }
     }
-    if (int(tiles.size()) < 4 * threads) return attend_shared(job, tiles, threads);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    if (shared && threads > 1 && int(tiles.size()) < 4 * threads) return attend_shared(job, tiles);
+#pragma omp for schedule(dynamic)
     for (int t = int(tiles.size()) - 1; t >= 0; t--) attend_tile(Rows<T>(job, tiles[t]));  // the long ones first
 }
 
 }  // namespace
 
-// Returns 0, or 1 + the first span whose pages are missing or lie outside the cache, in which case nothing is computed.
-extern "C" int llama_dist_attend(int is_bf16, const void *q, long q_stride, const void *keys, const void *values,
-                                 long head_stride, long slots, const int *tables, int max_pages, const int *starts,
-                                 const int *lengths, int spans, const int *of_query, int heads, int kv_heads, int dim,
-                                 int window, void *out, int threads) {
+int team::bad_span(long slots, const int *tables, int max_pages, const int *starts, const int *lengths, int spans) {
     for (int i = 0; i < spans; i++) {
         const int pages = (starts[i] + lengths[i] + PAGE - 1) / PAGE;
         if (pages > max_pages) return i + 1;
@@ -302,12 +303,29 @@ extern "C" int llama_dist_attend(int is_bf16, const void *q, long q_stride, cons
             if (page < 0 || (page + 1) * PAGE > slots) return i + 1;
         }
     }
+    return 0;
+}
+
+void team::attend(int is_bf16, const void *q, long q_stride, const void *keys, const void *values, long head_stride,
+                  const int *tables, int max_pages, const int *starts, const int *lengths, int spans, const int *of_query,
+                  int heads, int kv_heads, int dim, int window, void *out, int threads) {
     auto run = [&](auto type) {
         using T = decltype(type);
         Job<T> job{(const T *)q, q_stride, (const T *)keys, (const T *)values, head_stride, tables, max_pages,
                    starts,       lengths,  heads,           dim,               window,      (T *)out};
-        attend(job, spans, of_query, kv_heads, threads);
+        ::attend(job, spans, of_query, kv_heads, threads);
     };
     is_bf16 ? run(bf16{}) : run(float{});
+}
+
+// Returns 0, or 1 + the first span whose pages are missing or lie outside the cache, in which case nothing is computed.
+extern "C" int llama_dist_attend(int is_bf16, const void *q, long q_stride, const void *keys, const void *values,
+                                 long head_stride, long slots, const int *tables, int max_pages, const int *starts,
+                                 const int *lengths, int spans, const int *of_query, int heads, int kv_heads, int dim,
+                                 int window, void *out, int threads) {
+    if (int bad = team::bad_span(slots, tables, max_pages, starts, lengths, spans)) return bad;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    team::attend(is_bf16, q, q_stride, keys, values, head_stride, tables, max_pages, starts, lengths, spans, of_query, heads,
+                 kv_heads, dim, window, out, threads);
     return 0;
 }

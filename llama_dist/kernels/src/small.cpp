@@ -1,13 +1,16 @@
 // The small operations between the matrix products: norms, rotation into the cache, the gate of the feed-forward.
 //
 // Each row is computed alone, in 16 lanes from its first number on; its bits do not depend on the other rows.
+#include <algorithm>
 #include <cmath>
 
 #include "rows.h"
+#include "team.h"
 
 namespace {
 
 constexpr long SERIAL = 1 << 14;  // numbers, below which waking the other threads costs more than it gains
+constexpr long GATE = 512;        // numbers of a row that one thread gates; a multiple of the lanes
 
 // x / sqrt(mean of squares + eps), rounded to T, times weight
 template <class T>
@@ -62,36 +65,72 @@ void silu_mul_row(const T *a, const T *b, T *out, long dim) {
     }
 }
 
-// f(row) for every row, by `threads` threads where the rows have numbers enough
 template <class F>
-void each(long rows, long numbers, int threads, F f) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * numbers > SERIAL)
-    for (long i = 0; i < rows; i++) f(i);
+void typed(int is_bf16, F f) {
+    is_bf16 ? f(bf16{}) : f(float{});
 }
 
-template <class F>
-int typed(int is_bf16, F f) {
-    is_bf16 ? f(bf16{}) : f(float{});
-    return 0;
-}
+int worth(long numbers, int threads) { return numbers > SERIAL ? threads : 1; }
 
 }  // namespace
+
+void team::rms_norm(int is_bf16, const void *x, long x_stride, const void *y, long y_stride, void *total, const void *weight,
+                    void *out, long out_stride, long n, long groups, long dim, float eps) {
+    typed(is_bf16, [=](auto type) {
+        using T = decltype(type);
+#pragma omp for schedule(static)
+        for (long i = 0; i < n * groups; i++) {
+            const long token = i / groups, at = i % groups * dim;
+            const T *row = (const T *)x + token * x_stride + at;
+            if (y) {
+                T *sums = (T *)total + i * dim;
+                add(row, (const T *)y + token * y_stride + at, sums, dim);
+                row = sums;
+            }
+            if (weight) norm(row, (const T *)weight, (T *)out + token * out_stride + at, dim, eps);
+        }
+    });
+}
+
+void team::rope_write(int is_bf16, void *q, long q_stride, const void *k, long k_stride, const void *v, long v_stride,
+                      const float *cos, const float *sin, void *keys, void *values, long head_stride, const int64_t *slots,
+                      long n, long heads, long kv_heads, long dim) {
+    typed(is_bf16, [=](auto type) {
+        using T = decltype(type);
+#pragma omp for schedule(static)
+        for (long i = 0; i < n; i++) {
+            const float *c = cos + i * (dim / 2), *s = sin + i * (dim / 2);
+            T *query = (T *)q + i * q_stride;
+            for (long h = 0; h < heads; h++) rotate(query + h * dim, c, s, query + h * dim, dim / 2);
+            for (long h = 0; h < kv_heads; h++) {
+                const long at = h * head_stride + slots[i] * dim;
+                rotate((const T *)k + i * k_stride + h * dim, c, s, (T *)keys + at, dim / 2);
+                memcpy((T *)values + at, (const T *)v + i * v_stride + h * dim, dim * sizeof(T));
+            }
+        }
+    });
+}
+
+void team::silu_mul(int is_bf16, const void *a, long a_stride, const void *b, long b_stride, void *out, long n, long dim) {
+    typed(is_bf16, [=](auto type) {
+        using T = decltype(type);
+        const long parts = (dim + GATE - 1) / GATE;
+#pragma omp for schedule(static)
+        for (long i = 0; i < n * parts; i++) {
+            const long row = i / parts, at = i % parts * GATE;
+            silu_mul_row((const T *)a + row * a_stride + at, (const T *)b + row * b_stride + at, (T *)out + row * dim + at,
+                         std::min(GATE, dim - at));
+        }
+    });
+}
 
 // x, out [n, dim]; rows of x are x_stride apart, those of out and, below, of y and total dim. Without y there is no sum.
 extern "C" int llama_dist_rms_norm(int is_bf16, const void *x, long x_stride, const void *y, long y_stride, void *total,
                                    const void *weight, void *out, long n, long dim, float eps, int threads) {
-    return typed(is_bf16, [=](auto type) {
-        using T = decltype(type);
-        each(n, dim, threads, [=](long i) {
-            const T *row = (const T *)x + i * x_stride;
-            if (y) {
-                T *sums = (T *)total + i * dim;
-                add(row, (const T *)y + i * y_stride, sums, dim);
-                row = sums;
-            }
-            norm(row, (const T *)weight, (T *)out + i * dim, dim, eps);
-        });
-    });
+    threads = worth(n * dim, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    team::rms_norm(is_bf16, x, x_stride, y, y_stride, total, weight, out, dim, n, 1, dim, eps);
+    return 0;
 }
 
 // q [n, heads, dim] is rotated in place; k [n, kv_heads, dim] rotated and v as it is go to slots[i] of the cache
@@ -102,28 +141,18 @@ extern "C" int llama_dist_rope_write(int is_bf16, void *q, long q_stride, const 
                                      long kv_heads, long dim, int threads) {
     for (long i = 0; i < n; i++)
         if (slots[i] < 0 || slots[i] >= n_slots) return int(i) + 1;
-    return typed(is_bf16, [=](auto type) {
-        using T = decltype(type);
-        each(n, (heads + 2 * kv_heads) * dim, threads, [=](long i) {
-            const float *c = cos + i * (dim / 2), *s = sin + i * (dim / 2);
-            T *query = (T *)q + i * q_stride;
-            for (long h = 0; h < heads; h++) rotate(query + h * dim, c, s, query + h * dim, dim / 2);
-            for (long h = 0; h < kv_heads; h++) {
-                const long at = h * head_stride + slots[i] * dim;
-                rotate((const T *)k + i * k_stride + h * dim, c, s, (T *)keys + at, dim / 2);
-                memcpy((T *)values + at, (const T *)v + i * v_stride + h * dim, dim * sizeof(T));
-            }
-        });
-    });
+    threads = worth(n * (heads + 2 * kv_heads) * dim, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    team::rope_write(is_bf16, q, q_stride, k, k_stride, v, v_stride, cos, sin, keys, values, head_stride, slots, n, heads,
+                     kv_heads, dim);
+    return 0;
 }
 
 // silu(a), rounded, times b; a, b, out [n, dim], rows of out dim apart
 extern "C" int llama_dist_silu_mul(int is_bf16, const void *a, long a_stride, const void *b, long b_stride, void *out,
                                    long n, long dim, int threads) {
-    return typed(is_bf16, [=](auto type) {
-        using T = decltype(type);
-        each(n, dim, threads, [=](long i) {
-            silu_mul_row((const T *)a + i * a_stride, (const T *)b + i * b_stride, (T *)out + i * dim, dim);
-        });
-    });
+    threads = worth(n * dim, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    team::silu_mul(is_bf16, a, a_stride, b, b_stride, out, n, dim);
+    return 0;
 }

@@ -1,0 +1,30 @@
+// The kernels as parts of one parallel region: every thread of a team of `threads` calls them alike, and none leaves before
+// all are done. What they compute is said where they are defined.
+#pragma once
+
+#include <cstdint>
+
+namespace team {
+
+void linear(int is_bf16, const void *x, int64_t ldx, const void *w, int64_t ldw, const void *bias, void *y, int64_t ldy,
+            int64_t plane, int y_f32, int64_t m, int64_t n, int64_t k, int64_t unit, int64_t first, int threads);
+
+// Rows of `groups` heads of `dim` numbers, tokens x_stride, y_stride and out_stride apart; total is packed. Without weight
+// there is only the sum.
+void rms_norm(int is_bf16, const void *x, long x_stride, const void *y, long y_stride, void *total, const void *weight,
+              void *out, long out_stride, long n, long groups, long dim, float eps);
+
+void rope_write(int is_bf16, void *q, long q_stride, const void *k, long k_stride, const void *v, long v_stride,
+                const float *cos, const float *sin, void *keys, void *values, long head_stride, const int64_t *slots, long n,
+                long heads, long kv_heads, long dim);
+
+void silu_mul(int is_bf16, const void *a, long a_stride, const void *b, long b_stride, void *out, long n, long dim);
+
+// 0, or 1 + the first span whose pages are missing or lie outside the cache.
+int bad_span(long slots, const int *tables, int max_pages, const int *starts, const int *lengths, int spans);
+
+void attend(int is_bf16, const void *q, long q_stride, const void *keys, const void *values, long head_stride,
+            const int *tables, int max_pages, const int *starts, const int *lengths, int spans, const int *of_query, int heads,
+            int kv_heads, int dim, int window, void *out, int threads);
+
+}  // namespace team
