@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable, Sequence
-from ctypes import c_char_p, c_int, c_int64
+from ctypes import byref, c_char_p, c_int, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -17,14 +17,14 @@ import torch
 from llama_dist.kernels import build
 from llama_dist.kernels.tree import Node
 
-NORM, LINEAR, ROPE, ATTEND, GATE, PLANES = range(6)  # as in program.h
+NORM, LINEAR, ROPE, ATTEND, GATE, PLANES, SHARED_SUM = range(7)  # as in program.h
 OP = struct.Struct("=16q")
 STEP = struct.Struct("=11q")
 
 
 @functools.cache
 def _compiled() -> Any:
-    return build.function("program", c_char_p, c_int64, c_char_p, c_int)
+    return build.function("program", c_char_p, c_int64, c_char_p, c_int, c_void_p)
 
 
 def compiled() -> bool:
@@ -40,6 +40,7 @@ class Program:
         self._parts: list[bytearray | Callable[[int], None]] = []
         self._rows: dict[str, torch.Tensor] = {}
         self._held: list[torch.Tensor] = []
+        self._lost: Callable[[int], Exception] | None = None
 
     def rows(self, name: str, width: int, planes: int = 0) -> torch.Tensor:
         """The tensor [most, width] of that name, to hand rows on; or planes [planes, most, width] of float32.
@@ -123,6 +124,14 @@ class Program:
         """out = silu(a) * b, packed."""
         self._add(GATE, a, a.stride(0), b, b.stride(0), out, out.shape[1])
 
+    def shared_sum(self, x: torch.Tensor, segment: int, rank: int, lost: Callable[[int], Exception]) -> None:
+        """x, packed, becomes the sum over the ranks that share the segment at that address (shared.h).
+
+        Where it fails `run` raises what `lost` makes of its fault.
+        """
+        self._lost = lost
+        self._add(SHARED_SUM, segment, rank, x, x.shape[1])
+
     def run(
         self,
         n: int,
@@ -144,7 +153,11 @@ class Program:
             if not isinstance(part, bytearray):
                 part(n)
                 continue
-            fault = _compiled()(bytes(part), len(part) // OP.size, step, torch.get_num_threads())
+            lost = c_int(0)
+            fault = _compiled()(bytes(part), len(part) // OP.size, step, torch.get_num_threads(), byref(lost))
+            if lost.value:
+                assert self._lost is not None
+                raise self._lost(lost.value)
             if fault:
                 what = f"span {fault - 1} has pages" if fault > 0 else f"token {-fault - 1} has a slot"
                 raise IndexError(f"{what} outside the cache, which has {n_slots} slots")

@@ -198,7 +198,10 @@ class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
                 program.call(lambda n: _copy(y, total_of_ranks(planes[: len(mine), :n], self.nodes)))
         else:
             program.linear(x, self.weight, None, y)
-            if len(self.nodes) > 1:
+            memory = shared.of(fs.get_model_parallel_group())
+            if memory is not None:
+                program.shared_sum(y, memory.address, memory.rank, memory.lost)
+            elif len(self.nodes) > 1:
                 program.call(lambda n: _reduce(y[:n]))
         if self.bias is not None:
             program.add(y, self.bias, y)

@@ -64,7 +64,7 @@ class Shared:
         assert x.is_contiguous() and x.dtype in SUMMED, f"{x.dtype} of strides {x.stride()}"
         fault = self._sum(self.address, self.rank, x.dtype == torch.bfloat16, x.data_ptr(), x.numel())
         if fault:
-            raise self._error(fault, "a reduction")
+            raise self.lost(fault)
 
     def gather(self, x: torch.Tensor, rows: int) -> torch.Tensor:
         """[rows, ranks, numbers a row] of all ranks' x, packed, seen as that many rows."""
@@ -73,7 +73,7 @@ class Shared:
         out = torch.empty(rows, len(self.ranks), width, dtype=x.dtype)
         fault = self._gather(self.address, self.rank, x.data_ptr(), rows, width * x.itemsize, out.data_ptr())
         if fault:
-            raise self._error(fault, "a gather")
+            raise self.lost(fault, "a gather")
         return out
 
     def exchange(self, mine: bytes, what: str) -> list[bytes]:
@@ -88,7 +88,7 @@ class Shared:
     def _round(self, mine: bytes, what: str) -> list[bytes]:
         fault = self._exchange(self.address, self.rank, mine, len(mine), self._sizes, self._inbox)
         if fault:
-            raise self._error(fault, what)
+            raise self.lost(fault, what)
         whole = memoryview(self._inbox)
         return [bytes(whole[i * SLOT : i * SLOT + size]) for i, size in enumerate(self._sizes)]
 
@@ -96,7 +96,8 @@ class Shared:
         """Whoever waits in a call of this process, or will, gets PeerLost within a moment. For another thread."""
         _function("break")(self.address, self.rank)
 
-    def _error(self, fault: int, what: str) -> Exception:
+    def lost(self, fault: int, what: str = "a reduction") -> Exception:
+        """What to raise for a C function's fault."""
         if fault == BROKEN_OFF:
             return PeerLost(f"{what} was broken off")
         if fault > 0:

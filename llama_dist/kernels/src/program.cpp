@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "rows.h"
+#include "shared.h"
 #include "team.h"
 
 namespace {
@@ -42,8 +43,8 @@ void add_planes(const float *planes, long plane, const int64_t *nodes, long n_pl
         }
 }
 
-// Called by every thread of the team.
-void run_one(const Op &op, const Step &step, int threads) {
+// Called by every thread of the team. `fault` is what a sum among ranks ended with; after one there is no other.
+void run_one(const Op &op, const Step &step, int threads, int &fault) {
     const int64_t *v = op.v;
     auto p = [&](int i) { return reinterpret_cast<void *>(v[i]); };
     const int bf16s = int(step.is_bf16);
@@ -78,19 +79,25 @@ void run_one(const Op &op, const Step &step, int threads) {
                 add_planes(static_cast<const float *>(p(0)), v[1], static_cast<const int64_t *>(p(2)), v[3],
                            static_cast<float *>(p(4)), step.n * v[5]);
             break;
+        case Op::SHARED_SUM:
+#pragma omp single
+            if (!fault) fault = llama_dist_shared_sum(p(0), int(v[1]), bf16s, p(2), step.n * v[3]);
+            break;
     }
 }
 
 }  // namespace
 
 // Returns 0, or -(1 + the first token whose slot is not in the cache), or 1 + the first span whose pages are not: then
-// nothing is computed.
-extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step, int threads) {
+// nothing is computed. `lost` becomes what a sum among ranks ended with (shared.h).
+extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step, int threads, int *lost) {
     for (int64_t i = 0; i < step->n; i++)
         if (step->slots[i] < 0 || step->slots[i] >= step->n_slots) return -int(i) - 1;
     if (int bad = team::bad_span(step->n_slots, step->tables, int(step->max_pages), step->starts, step->lengths, int(step->spans)))
         return bad;
+    int fault = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < n_ops; i++) run_one(ops[i], *step, threads);
+    for (int64_t i = 0; i < n_ops; i++) run_one(ops[i], *step, threads, fault);
+    *lost = fault;
     return 0;
 }
