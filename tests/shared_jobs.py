@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from llama_dist.config import RunConfig
+from llama_dist.kernels.tree import roots, total
 from llama_dist.parallel import control, layers, shared
 from llama_dist.parallel.world import World, join, leave
 
@@ -41,7 +42,7 @@ def summed(n_ranks: int, n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 def sums_and_gathers(sizes: Sequence[int]) -> None:
     """Both of each size and dtype, with messages between them; every rank compares all bits."""
     world = meet()
-    memory = memory_of(world)
+    memory_of(world)
     me, n_ranks = world.mp_rank, world.mp_size
     for seed, n in enumerate(sizes):
         for dtype in DTYPES:
@@ -49,7 +50,10 @@ def sums_and_gathers(sizes: Sequence[int]) -> None:
             assert layers.reduce(x) is x and torch.equal(x, summed(n_ranks, n, dtype, seed)), (n, dtype)
             parts = [part_of(rank, 3 * n, dtype, seed).view(3, n) for rank in range(n_ranks)]
             assert torch.equal(layers.gather(parts[me]), torch.cat(parts, 1)), (n, dtype)
-            assert torch.equal(memory.gather(parts[me], 1).view(n_ranks, 3, n), torch.stack(parts)), (n, dtype)
+        nodes = tuple(tuple(roots(rank * 3, 3 - rank // (n_ranks - 1))) for rank in range(n_ranks))
+        planes = [part_of(rank, len(mine) * n, torch.float32, seed).view(-1, 1, n) for rank, mine in enumerate(nodes)]
+        whole = total([node for mine in nodes for node in mine], [*torch.cat(planes)])
+        assert torch.equal(layers.total_of_ranks(planes[me], nodes), whole), n
         said = control.share(world, ["x" * n] if world.rank == 0 else None, world.replica_channel)
         assert said == ["x" * n]
         assert control.collect(world, [me, "y" * n * me]) == [[r, "y" * n * r] for r in range(n_ranks)]

@@ -17,7 +17,7 @@ import torch
 from llama_dist.kernels import build
 from llama_dist.kernels.tree import Node
 
-NORM, LINEAR, ROPE, ATTEND, GATE, PLANES, SHARED_SUM = range(7)  # as in program.h
+NORM, LINEAR, ROPE, ATTEND, GATE, PLANES, SHARED_SUM, SHARED_PLANES = range(8)  # as in program.h
 OP = struct.Struct("=16q")
 STEP = struct.Struct("=11q")
 
@@ -30,6 +30,13 @@ def _compiled() -> Any:
 def compiled() -> bool:
     """Whether programs can run here."""
     return _compiled() is not None
+
+
+@functools.cache
+def pack(nodes: tuple[tuple[Node, ...], ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many nodes of the tree each rank has [ranks], and all of them [n, 2] in order of ranks, as C++ reads them."""
+    counts = torch.tensor([len(mine) for mine in nodes])
+    return counts, torch.tensor([node for mine in nodes for node in mine])
 
 
 class Program:
@@ -131,6 +138,20 @@ class Program:
         """
         self._lost = lost
         self._add(SHARED_SUM, segment, rank, x, x.shape[1])
+
+    def shared_planes(
+        self,
+        planes: torch.Tensor,
+        nodes: tuple[tuple[Node, ...], ...],
+        y: torch.Tensor,
+        segment: int,
+        rank: int,
+        lost: Callable[[int], Exception],
+    ) -> None:
+        """y, packed, becomes the sum of all ranks' planes in the tree; each rank's are its own `nodes`."""
+        self._lost = lost
+        counts, packed = pack(nodes)
+        self._add(SHARED_PLANES, segment, rank, planes, planes.stride(0), counts, packed, y, y.shape[1])
 
     def run(
         self,

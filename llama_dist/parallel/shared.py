@@ -22,6 +22,8 @@ from torch.distributed import ProcessGroup
 
 from llama_dist.errors import DesyncError, PeerLost
 from llama_dist.kernels import build
+from llama_dist.kernels.program import pack
+from llama_dist.kernels.tree import Node
 
 log = logging.getLogger("llama_dist")
 
@@ -36,6 +38,7 @@ def _function(name: str) -> Any:
         "size": (c_int, c_long),
         "start": (c_void_p, c_int, c_long, c_double, c_int),
         "sum": (c_void_p, c_int, c_int, c_void_p, c_long),
+        "planes": (c_void_p, c_int, c_void_p, c_long, c_void_p, c_void_p, c_int, c_void_p, c_long),
         "gather": (c_void_p, c_int, c_void_p, c_long, c_long, c_void_p),
         "exchange": (c_void_p, c_int, c_char_p, c_long, c_void_p, c_void_p),
         "break": (c_void_p, c_int),
@@ -57,7 +60,8 @@ class Shared:
         self.address = ctypes.addressof(self._memory)
         self._sizes = (ctypes.c_int64 * len(ranks))()
         self._inbox = ctypes.create_string_buffer(len(ranks) * SLOT)
-        self._sum, self._gather, self._exchange = map(_function, ("sum", "gather", "exchange"))
+        self._sum, self._sum_planes = _function("sum"), _function("planes")
+        self._gather, self._exchange = _function("gather"), _function("exchange")
 
     def sum(self, x: torch.Tensor) -> None:
         """x, packed, of a dtype in SUMMED, becomes the sum over the ranks: in rank order, in float32, rounded once."""
@@ -66,11 +70,24 @@ class Shared:
         if fault:
             raise self.lost(fault)
 
-    def gather(self, x: torch.Tensor, rows: int) -> torch.Tensor:
-        """[rows, ranks, numbers a row] of all ranks' x, packed, seen as that many rows."""
+    def sum_planes(self, planes: torch.Tensor, nodes: tuple[tuple[Node, ...], ...]) -> torch.Tensor:
+        """The sum of all ranks' float32 planes [its nodes, n, features], each rank's at its own `nodes` of the tree."""
+        assert planes.is_contiguous() and planes.dtype == torch.float32 and len(planes) == len(nodes[self.rank])
+        counts, packed = pack(nodes)
+        y = torch.empty(planes.shape[1:])
+        plane, tree = planes.stride(0), (counts.data_ptr(), packed.data_ptr())
+        fault = self._sum_planes(
+            self.address, self.rank, planes.data_ptr(), plane, *tree, False, y.data_ptr(), y.numel()
+        )
+        if fault:
+            raise self.lost(fault)
+        return y
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Concatenate the rows of all ranks' x [n, width], packed: [n, width * ranks]."""
         assert x.is_contiguous(), f"strides {x.stride()}"
-        width = x.numel() // rows
-        out = torch.empty(rows, len(self.ranks), width, dtype=x.dtype)
+        rows, width = x.shape
+        out = torch.empty(rows, width * len(self.ranks), dtype=x.dtype)
         fault = self._gather(self.address, self.rank, x.data_ptr(), rows, width * x.itemsize, out.data_ptr())
         if fault:
             raise self.lost(fault, "a gather")

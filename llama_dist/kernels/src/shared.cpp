@@ -2,8 +2,11 @@
 #include "shared.h"
 
 #include <algorithm>
+#include <numeric>
+#include <vector>
 
 #include "rows.h"
+#include "tree.h"
 
 namespace {
 
@@ -20,6 +23,26 @@ int sum(Segment *s, int rank, T *x, long n) {
             for (int r = 1; r < s->n_ranks; r++) total = total + load((const T *)s->slot(round, r) + i, count - i);
             store(x + done + i, total, count - i);
         }
+    }
+    return 0;
+}
+
+template <class T>
+int sum_planes(Segment *s, int rank, const float *planes, long plane, const int64_t *counts, const int64_t *nodes, T *y,
+               long numbers) {
+    const long n_planes = std::accumulate(counts, counts + s->n_ranks, 0L);
+    const long most = s->capacity / long(sizeof(float)) / *std::max_element(counts, counts + s->n_ranks);
+    std::vector<const float *> parts(n_planes);
+    for (long done = 0; done < numbers; done += most) {
+        const long count = std::min(most, numbers - done);
+        const uint32_t round = next_round(s, rank);
+        for (long i = 0; i < counts[rank]; i++)
+            memcpy((float *)s->slot(round, rank) + i * count, planes + i * plane + done, count * sizeof(float));
+        if (int fault = enter_alike(s, rank, round, count)) return fault;
+        for (long r = 0, p = 0; r < s->n_ranks; r++)
+            for (long i = 0; i < counts[r]; i++) parts[p++] = (const float *)s->slot(round, r) + i * count;
+        for (long i = 0; i < count; i += WIDTH)
+            store(y + done + i, tree(nodes, n_planes, [&](long p) { return load(parts[p] + i, count - i); }), count - i);
     }
     return 0;
 }
@@ -45,6 +68,13 @@ extern "C" int llama_dist_shared_start(void *segment, int n_ranks, long capacity
 extern "C" int llama_dist_shared_sum(void *segment, int rank, int is_bf16, void *x, long n) {
     Segment *s = (Segment *)segment;
     return is_bf16 ? sum(s, rank, (bf16 *)x, n) : sum(s, rank, (float *)x, n);
+}
+
+extern "C" int llama_dist_shared_planes(void *segment, int rank, const float *planes, long plane, const int64_t *counts,
+                                        const int64_t *nodes, int is_bf16, void *y, long numbers) {
+    Segment *s = (Segment *)segment;
+    return is_bf16 ? sum_planes(s, rank, planes, plane, counts, nodes, (bf16 *)y, numbers)
+                   : sum_planes(s, rank, planes, plane, counts, nodes, (float *)y, numbers);
 }
 
 // out [rows, n_ranks, bytes] of each rank's x [rows, bytes].

@@ -113,3 +113,8 @@ static inline int enter_alike(Segment *s, int rank, uint32_t round, long bytes) 
 // x [n], of float or bf16, becomes the sum over the ranks: in float, in the order of ranks, rounded once. Every rank gets
 // the same bits. Returns what enter_alike does; after a fault the segment is of no use any more.
 extern "C" int llama_dist_shared_sum(void *segment, int rank, int is_bf16, void *x, long n);
+
+// y [numbers], of float or bf16, becomes the sum of all ranks' planes [counts[rank], numbers], `plane` floats apart, in the
+// tree of tree.py; nodes [sum of counts, 2] are what they hold, in the order of ranks. Returns as the other.
+extern "C" int llama_dist_shared_planes(void *segment, int rank, const float *planes, long plane, const int64_t *counts,
+                                        const int64_t *nodes, int is_bf16, void *y, long numbers);
