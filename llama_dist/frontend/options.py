@@ -28,6 +28,7 @@ SHARED_HELP: Mapping[str, str] = {
     "units": "pieces every parallel dimension is cut into; default: 8, or the ranks where more",
     "seed": "seed of the sampler; the same seed gives the same text on any number of ranks",
     "dtype": "type of weights and activations: auto, float32, bfloat16 or float16",
+    "quantization": "pack the weights while loading: int8 or int4; less memory, and faster answers on a CPU",
     "device": "auto, cpu or cuda",
     "chat_format": "chat format in place of the one found: see `inspect`",
     "timeout": "seconds a rank waits for the others before it gives up",
@@ -252,7 +253,7 @@ class PlanOptions:
     Needs no GPU and reads no weights. Sizes: GB is 10^9 bytes, GiB is 2^30. Exit code 2 when nothing fits.
     """
 
-    run: RunConfig = field(metadata=part("ckpt_dir", "max_seq_len", "max_batch_size", "dtype", "units"))
+    run: RunConfig = field(metadata=part("ckpt_dir", "max_seq_len", "max_batch_size", "dtype", "quantization", "units"))
     gpus: tuple[int, ...] = field(
         metadata=option("GPUs that share the model: 8, or several to compare: 1,2,4,8", parse=parse_counts)
     )
