@@ -22,10 +22,11 @@ COMMANDS: Mapping[str, type] = {
     "inspect": options.InspectOptions,
     "plan": options.PlanOptions,
     "convert": options.ConvertOptions,
+    "doctor": options.DoctorOptions,
 }
 """Each command has a module of its name in `frontend`, whose `prepare(options)` checks all and returns the work."""
 
-ON_RANKS = frozenset({"generate", "chat", "batch", "verify"})
+ON_RANKS = frozenset({"generate", "chat", "batch", "verify", "doctor"})
 """The commands that several ranks run together; the others are one process."""
 
 HELP_WORDS = ("--help", "-h", "help")

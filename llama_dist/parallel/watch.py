@@ -54,7 +54,8 @@ class Card:
         return f"rank {self.rank} (host {self.host}, pid {self.pid})"
 
 
-def _my_card(rank: int) -> Card:
+def my_card(rank: int) -> Card:
+    """This process's own."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as f:
             space = f"{f.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
@@ -143,7 +144,7 @@ class Watch:
             self._die_with_parent()
         if launch.size == 1:
             return
-        store.set(f"card/{self.rank}", json.dumps(asdict(_my_card(self.rank))))
+        store.set(f"card/{self.rank}", json.dumps(asdict(my_card(self.rank))))
         self._cards = [Card(**json.loads(store.get(f"card/{r}"))) for r in range(launch.size)]
         board = Board(store, self.rank)
         self._keeps_store = self.rank == 0 and not launch.agent_store

@@ -87,13 +87,15 @@ def pick_device(run: RunConfig, launch: Launch) -> torch.device:
     return torch.device("cuda", launch.local_rank)
 
 
-def _set_threads(launch: Launch) -> None:
+def set_threads(launch: Launch) -> None:
+    """This rank's share of the host's cores, unless the user has set a number."""
     # torchrun sets OMP_NUM_THREADS=1 where several ranks share a host; any other value is the user's own.
     if launch.local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
 
 
-def _store(launch: Launch, timeout: datetime.timedelta) -> Store:
+def open_store(launch: Launch, timeout: datetime.timedelta) -> Store:
+    """The store that the ranks meet at; rank 0 keeps it where no torchrun does. PeerLost: it is not there."""
     if launch.size == 1 and launch.launcher == "alone":
         return HashStore()
     master = launch.rank == 0 and not launch.agent_store
@@ -160,11 +162,11 @@ def join(run: RunConfig, watch: Watch | None = None) -> World:
     device = pick_device(run, launch)
     timeout = datetime.timedelta(seconds=run.timeout)
     watch = watch or Watch.current() or Watch(launch.rank)
-    _set_threads(launch)
+    set_threads(launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        store = _store(launch, timeout)
+        store = open_store(launch, timeout)
         store.set(f"here/{launch.rank}", "")
         try:
             _use_reachable_interface(store, launch)
