@@ -32,9 +32,7 @@ def test_peak_memory_while_packing(quantization: str) -> None:
 
 @pytest.mark.parametrize(("world", "quantization"), [(1, None), (2, None), (5, None), (1, "int8"), (3, "int4")])
 @pytest.mark.parametrize("case", ["llama-9-3", "llama-attention-bias", "llama-mlp-bias", "qwen3", "llama-tied"])
-def test_a_rank_holds_what_the_planner_says(
-    checkpoint: Saver, case: str, world: int, quantization: str | None
-) -> None:
+def test_a_rank_holds_what_the_planner_says(checkpoint: Saver, case: str, world: int, quantization: str | None) -> None:
     from llama_dist.checkpoint.open import open_checkpoint
     from llama_dist.engine.plan import kv_bytes_per_token, rank_weight_bytes
     from llama_dist.parallel.units import cut_model, units_for
