@@ -44,6 +44,7 @@ def break_it(what: str) -> None:
     transformer.Transformer.lay_out = lambda self, cache: None  # type: ignore[method-assign]
     if what == "the order of a sum":  # rank after rank, as an all-reduce may take it
         layers.total = lambda nodes, values: functools.reduce(torch.add, values)
+        layers.shared.of = lambda group: None
     elif what == "the tiling of rows":
         layers.linear = F.linear
     elif what == "the borders of chunks":

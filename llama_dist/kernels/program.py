@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable, Sequence
-from ctypes import c_char_p, c_int, c_int64
+from ctypes import byref, c_char_p, c_int, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -18,19 +18,26 @@ from llama_dist.kernels import build, quantized
 from llama_dist.kernels.tree import Node
 from llama_dist.quant.packed import Packed
 
-NORM, LINEAR, ROPE, ATTEND, GATE, PLANES, PACKED = range(7)  # as in program.h
+NORM, LINEAR, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES = range(9)  # as in program.h
 OP = struct.Struct("=16q")
 STEP = struct.Struct("=11q")
 
 
 @functools.cache
 def _compiled() -> Any:
-    return build.function("program", c_char_p, c_int64, c_char_p, c_int)
+    return build.function("program", c_char_p, c_int64, c_char_p, c_int, c_void_p)
 
 
 def compiled() -> bool:
     """Whether programs can run here."""
     return _compiled() is not None
+
+
+@functools.cache
+def pack(nodes: tuple[tuple[Node, ...], ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many nodes of the tree each rank has [ranks], and all of them [n, 2] in order of ranks, as C++ reads them."""
+    counts = torch.tensor([len(mine) for mine in nodes])
+    return counts, torch.tensor([node for mine in nodes for node in mine])
 
 
 class Program:
@@ -41,6 +48,7 @@ class Program:
         self._parts: list[bytearray | Callable[[int], None]] = []
         self._rows: dict[str, torch.Tensor] = {}
         self._held: list[torch.Tensor] = []
+        self._lost: Callable[[int], Exception] | None = None
 
     def rows(self, name: str, width: int, planes: int = 0) -> torch.Tensor:
         """The tensor [most, width] of that name, to hand rows on; or planes [planes, most, width] of float32.
@@ -133,6 +141,28 @@ class Program:
         """out = silu(a) * b, packed."""
         self._add(GATE, a, a.stride(0), b, b.stride(0), out, out.shape[1])
 
+    def shared_sum(self, x: torch.Tensor, segment: int, rank: int, lost: Callable[[int], Exception]) -> None:
+        """x, packed, becomes the sum over the ranks that share the segment at that address (shared.h).
+
+        Where it fails `run` raises what `lost` makes of its fault.
+        """
+        self._lost = lost
+        self._add(SHARED_SUM, segment, rank, x, x.shape[1])
+
+    def shared_planes(
+        self,
+        planes: torch.Tensor,
+        nodes: tuple[tuple[Node, ...], ...],
+        y: torch.Tensor,
+        segment: int,
+        rank: int,
+        lost: Callable[[int], Exception],
+    ) -> None:
+        """y, packed, becomes the sum of all ranks' planes in the tree; each rank's are its own `nodes`."""
+        self._lost = lost
+        counts, packed = pack(nodes)
+        self._add(SHARED_PLANES, segment, rank, planes, planes.stride(0), counts, packed, y, y.shape[1])
+
     def run(
         self,
         n: int,
@@ -154,7 +184,11 @@ class Program:
             if not isinstance(part, bytearray):
                 part(n)
                 continue
-            fault = _compiled()(bytes(part), len(part) // OP.size, step, torch.get_num_threads())
+            lost = c_int(0)
+            fault = _compiled()(bytes(part), len(part) // OP.size, step, torch.get_num_threads(), byref(lost))
+            if lost.value:
+                assert self._lost is not None
+                raise self._lost(lost.value)
             if fault:
                 what = f"span {fault - 1} has pages" if fault > 0 else f"token {-fault - 1} has a slot"
                 raise IndexError(f"{what} outside the cache, which has {n_slots} slots")

@@ -21,6 +21,7 @@ from torch import nn
 from llama_dist.kernels.linear import fastest, linear, unit_sums
 from llama_dist.kernels.program import Program
 from llama_dist.kernels.tree import Node, roots, total
+from llama_dist.parallel import shared
 from llama_dist.parallel.control import guarded
 from llama_dist.parallel.units import Cut, Slice
 from llama_dist.quant import product as packed_product
@@ -71,7 +72,10 @@ def _weight(part: Part, scheme: Scheme | None, rows: int, unit: int, n_units: in
 def reduce(x: torch.Tensor) -> torch.Tensor:
     """Sum over the model-parallel ranks, in place."""
     group = fs.get_model_parallel_group()
-    if fs.get_model_parallel_world_size() > 1:
+    memory = shared.of(group)
+    if memory is not None and x.dtype in shared.SUMMED:
+        memory.sum(x)
+    elif fs.get_model_parallel_world_size() > 1:
         guarded("a reduction", lambda: dist.all_reduce(x, group=group))
     return x
 
@@ -83,21 +87,27 @@ def gather(x: torch.Tensor) -> torch.Tensor:
         return x
     group = fs.get_model_parallel_group()
     x = x.contiguous()
+    memory = shared.of(group)
+    if memory is not None:
+        return memory.gather(x)
     parts = [torch.empty_like(x) for _ in range(n_ranks)]
     guarded("a gather", lambda: dist.all_gather(parts, x, group=group))
     return torch.cat(parts, dim=-1)
 
 
-def total_of_ranks(sums: torch.Tensor, nodes: Sequence[Sequence[Node]]) -> torch.Tensor:
+def total_of_ranks(sums: torch.Tensor, nodes: tuple[tuple[Node, ...], ...]) -> torch.Tensor:
     """Each rank's sums [roots, n, features] at its own `nodes` of the tree -> the whole sum [n, features], on all."""
     y: torch.Tensor
     if len(nodes) == 1:
         y = total(nodes[0], list(sums))
         return y
+    group = fs.get_model_parallel_group()
+    memory = shared.of(group)
+    if memory is not None:
+        return memory.sum_planes(sums.contiguous(), nodes)
     most = max(len(mine) for mine in nodes)
     padded = F.pad(sums, (0, 0, 0, 0, 0, most - len(sums)))
     parts = [torch.empty_like(padded) for _ in nodes]
-    group = fs.get_model_parallel_group()
     guarded("a reduction by unit", lambda: dist.all_gather(parts, padded, group=group))
     held = [value for part, mine in zip(parts, nodes, strict=True) for value in part[: len(mine)]]
     y = total([node for mine in nodes for node in mine], held)
@@ -216,7 +226,7 @@ class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
         # Zero units are left out of every sum: their number depends on that of the ranks.
         n_units = [-(-rows.size // columns.unit) for rows in held]
         self.n_units = n_units[part.rank]
-        self.nodes = [roots(rank * per_rank, n) for rank, n in enumerate(n_units)]
+        self.nodes = tuple(tuple(roots(rank * per_rank, n)) for rank, n in enumerate(n_units))
         self.weight = _weight(part, part.scheme, out_features, columns.unit, per_rank)
         self.bias = _parameter(part, out_features) if bias else None
         self.placements = {"weight": Placement(1, mine.start, mine.stop), "bias": Placement()}
@@ -236,7 +246,7 @@ class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
 
     def lay(self, program: Program, x: torch.Tensor, name: str) -> torch.Tensor:
         """Append it to a program, its reduction too; the rows it makes are called `name`."""
-        y = program.rows(name, self.out_features)
+        y, memory = program.rows(name, self.out_features), shared.of(fs.get_model_parallel_group())
         if self.reproducible:
             width, mine = self.n_units * self.unit, roots(self.first, self.n_units)
             planes = program.rows("planes of " + name, self.out_features, max(1, len(mine)))
@@ -244,11 +254,15 @@ class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
                 program.unit_sums(x[:, :width], self.units, self.unit, self.first, planes)
             if len(self.nodes) == 1:
                 program.add_planes(planes, mine, y)
+            elif memory is not None:
+                program.shared_planes(planes, self.nodes, y, memory.address, memory.rank, memory.lost)
             else:
                 program.call(lambda n: _copy(y, total_of_ranks(planes[: len(mine), :n], self.nodes)))
         else:
             program.linear(x, self.weight, None, y)
-            if len(self.nodes) > 1:
+            if memory is not None:
+                program.shared_sum(y, memory.address, memory.rank, memory.lost)
+            elif len(self.nodes) > 1:
                 program.call(lambda n: _reduce(y[:n]))
         if self.bias is not None:
             program.add(y, self.bias, y)

@@ -4,7 +4,7 @@
 // over unit numbers, as far as this rank's run of units holds whole subtrees: one plane of y for each of its roots.
 #include "simd.h"
 #include "team.h"
-#include "tree.h"
+#include "unit_tree.h"
 
 #include <algorithm>
 

@@ -9,7 +9,7 @@
 
 #include "groups.h"
 #include "team.h"
-#include "tree.h"
+#include "unit_tree.h"
 
 namespace {
 
