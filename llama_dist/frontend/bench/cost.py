@@ -1,0 +1,76 @@
+"""What work costs at least: floating-point operations, and bytes read from memory. Arithmetic, no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llama_dist.config import ModelConfig
+from llama_dist.model.families import tensor_shapes
+
+EMBEDDING = "tok_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """All ranks together."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """`weights`: bytes that a step reads. `kv`: bytes of keys and values a token. `products`: FLOPs a token in the
+    layers; `head`: for its logits; `pair`: for a query and a key, in all layers and heads.
+    """
+
+    weights: float
+    kv: float
+    products: float
+    head: float
+    pair: float
+
+
+def model_of(config: ModelConfig, weight_bytes: float, kv_bytes: int) -> Model:
+    """`weight_bytes`: an entry of a weight takes so many, on average; `kv_bytes`: one of a key or value."""
+    sizes = {name: math.prod(shape) for name, shape in tensor_shapes(config).items()}
+    everything = sum(sizes.values())
+    # Of an embedding that is not the output matrix too, a step reads a row a token.
+    read = everything if config.tied_embeddings else everything - sizes[EMBEDDING]
+    head = config.vocab_size * config.dim
+    return Model(
+        weights=weight_bytes * read,
+        kv=2.0 * config.n_layers * config.n_kv_heads * config.head_dim * kv_bytes,
+        products=2.0 * (read - head),
+        head=2.0 * head,
+        pair=4.0 * config.n_layers * config.n_heads * config.head_dim,
+    )
+
+
+def step_cost(model: Model, batch: int, context: float) -> Cost:
+    """One token for each of `batch` sequences that have `context` tokens, the newest included."""
+    flops = batch * (model.products + model.head + model.pair * context)
+    return Cost(flops, model.weights + batch * context * model.kv)
+
+
+def prefill_cost(model: Model, n: int) -> Cost:
+    """A prompt of `n` tokens and the logits of its last; every token attends to those before it and itself."""
+    return Cost(n * model.products + model.head + model.pair * n * (n + 1) / 2, model.weights + n * model.kv)
+
+
+def job_cost(model: Model, prompts: Sequence[int], new: int) -> Cost:
+    """Prompts of so many tokens and `new` for each, computed together: the weights are read once a new token."""
+    flops = read = 0.0
+    for n in prompts:
+        last = n + new - 1  # tokens that are computed; the newest is only drawn
+        flops += last * model.products + new * model.head + model.pair * last * (last + 1) / 2
+        read += model.kv * (n + sum(range(n + 1, last + 1)))
+    return Cost(flops, new * model.weights + read)
+
+
+def least_seconds(cost: Cost, flops: float, read: float) -> tuple[float, str]:
+    """The time below which the work cannot be done at so many FLOP/s and bytes/s, and which of the two says so."""
+    by_product, by_memory = cost.flops / flops, cost.bytes / read
+    return (by_product, "product") if by_product > by_memory else (by_memory, "memory")
