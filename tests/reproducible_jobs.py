@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from llama_dist import Llama
 from llama_dist.engine import numerics, session
 from llama_dist.errors import ConfigError
 from llama_dist.model import attention, transformer
@@ -39,7 +40,8 @@ def prompts(n: int, vocab: int) -> Prompts:
 
 
 def break_it(what: str) -> None:
-    """Undo one thing that keeps a row's bits its own."""
+    """Undo one thing that keeps a row's bits its own; layers are called one by one, so that it takes effect."""
+    transformer.Transformer.lay_out = lambda self, cache: None  # type: ignore[method-assign]
     if what == "the order of a sum":  # rank after rank, as an all-reduce may take it
         layers.total = lambda nodes, values: functools.reduce(torch.add, values)
     elif what == "the tiling of rows":
@@ -68,6 +70,13 @@ def every_way(
         rows = answer_all(engine, prompts(n, vocab))
         found[way] = rows, engine.stats().preemptions
     return found
+
+
+def from_python(folder: str) -> Any:
+    """Ids and logprobs of `Llama.generate`."""
+    llama = Llama.build(folder, max_seq_len=96, dtype="bfloat16", device="cpu", reproducible=True)
+    ids = [p for p, _ in prompts(4, 200)]
+    return llama.generate(ids, 12, temperature=1.0, logprobs=True, echo=True)
 
 
 def refused(folder: str, what: str) -> str:

@@ -177,9 +177,11 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
         checked.max_seq_len,
         run.prefix_caching and not dynamic,
     )
+    cache = model.new_cache(n_pages)
+    model.lay_out(cache)
     engine = Engine(
         model,
-        model.new_cache(n_pages),
+        cache,
         world,
         scheduler,
         checked.tokenizer,

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from llama_dist.kernels import build
 from llama_dist.kernels.tree import merge, roots
 
+AVX512_BF16 = 2  # what the kernels call a processor that multiplies bfloat16 itself
+WIDENED = 2**19  # weights widened at a time: what stays in a cache
 ROWS = 16  # torch's product gets a multiple of so many rows: its kernels differ for fewer
 
 
@@ -29,6 +31,40 @@ def _compiled() -> Any:
 def compiled(x: torch.Tensor) -> bool:
     """Whether the C++ kernel serves x."""
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and _compiled() is not None
+
+
+@functools.cache
+def few_rows(dtype: torch.dtype) -> int:
+    """Up to so many rows the C++ kernel is the faster product on this processor, beyond it torch's is."""
+    instructions = build.function("instructions")()
+    if dtype == torch.bfloat16:
+        return 16 if instructions == AVX512_BF16 else 96  # torch has no good product of bfloat16 then
+    return 16 if instructions else 32
+
+
+def fastest(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [M, K] times w [N, K] transposed, plus bias [N], by whatever is the fastest here: its bits depend on M."""
+    if not compiled(x):
+        return F.linear(x, w, bias)
+    few = few_rows(x.dtype)
+    if x.shape[0] <= few:
+        return linear(x, w, bias)
+    if x.dtype == torch.bfloat16 and few > 16:
+        return _widened(x, w, bias)
+    return F.linear(x, w, bias)
+
+
+def _widened(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product of bfloat16 by torch's of float32, some rows of w at a time."""
+    wide, y = x.float(), torch.empty(x.shape[0], w.shape[0], dtype=x.dtype)
+    step = max(16, WIDENED // w.shape[1])
+    room = torch.empty(min(step, w.shape[0]), w.shape[1])
+    for start in range(0, w.shape[0], step):
+        part = w[start : start + step]
+        rows = room[: len(part)].copy_(part)
+        columns = slice(start, start + len(part))
+        y[:, columns] = F.linear(wide, rows, None if bias is None else bias[columns].float())
+    return y
 
 
 def _run(

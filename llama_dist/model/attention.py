@@ -14,6 +14,7 @@ from torch import nn
 from llama_dist.config import ModelConfig
 from llama_dist.kernels import attention as pages
 from llama_dist.kernels.attention import PAGE_SIZE, compiled_for
+from llama_dist.kernels.program import Program
 from llama_dist.kernels.small import rope_write
 from llama_dist.model.cache import Batch, KVCache
 from llama_dist.model.norm import RMSNorm
@@ -103,3 +104,15 @@ class Attention(nn.Module):
         lengths = [span.length for span in batch.spans]
         parts = [self._one(part, cache, batch, i) for i, part in enumerate(torch.split(q, lengths))]
         return self.wo(torch.cat(parts))  # type: ignore[no-any-return]
+
+    def lay(self, program: Program, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Append it to a program over that cache, which is in the kernels' pages: x [most, dim] -> [most, dim]."""
+        q, k, v = self.wqkv.lay(program, x, "qkv")
+        if self.q_norm is not None and self.k_norm is not None:
+            for part, norm in ((q, self.q_norm), (k, self.k_norm)):
+                program.norm(part, norm.weight, norm.eps, part, groups=part.shape[1] // self.head_dim)
+        keys, values = cache.layers[self.layer]
+        program.rope(q, k, v, keys, values)
+        out = program.rows("heads", q.shape[1])
+        program.attend(q, keys, values, self.reads, self.window or 0, out)
+        return self.wo.lay(program, out, "attention")

@@ -6,6 +6,10 @@ import torch
 from torch import nn
 
 from llama_dist.config import ModelConfig
+from llama_dist.kernels import program as programs
+from llama_dist.kernels.attention import compiled_for
+from llama_dist.kernels.linear import compiled, few_rows
+from llama_dist.kernels.program import Program
 from llama_dist.kernels.small import silu_mul
 from llama_dist.model.attention import Attention
 from llama_dist.model.cache import PAGE_SIZE, Batch, KVCache
@@ -22,6 +26,8 @@ from llama_dist.parallel.layers import (
 )
 from llama_dist.parallel.units import Units
 
+MOST = 64  # rows of a program, where any number could be: beyond, a call an operation costs next to nothing
+
 
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020), cut by hidden units: w2(silu(w1 x) * w3 x)."""
@@ -36,6 +42,13 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.w2(silu_mul(*self.w13(x)))  # type: ignore[no-any-return]
+
+    def lay(self, program: Program, x: torch.Tensor) -> torch.Tensor:
+        """Append it to a program."""
+        gate, up = self.w13.lay(program, x, "gate and up")
+        gated = program.rows("gated", gate.shape[1])
+        program.gate(gate, up, gated)
+        return self.w2.lay(program, gated, "feed-forward")
 
 
 class Block(nn.Module):
@@ -73,6 +86,8 @@ class Transformer(nn.Module):
         if config.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.rope = Rope(config, part.device)
+        self.reproducible = part.reproducible
+        self.program: tuple[KVCache, Program] | None = None
 
     def placements(self) -> dict[str, Placement]:
         """For each parameter, by its logical name, the part of the logical tensor it holds."""
@@ -101,13 +116,49 @@ class Transformer(nn.Module):
             device=weight.device,
         )
 
+    def lay_out(self, cache: KVCache) -> None:
+        """Have batches of few tokens over this cache run as one program from now on, where the kernels serve.
+
+        Its bits are those of the layers called one by one. Few: as many as the kernels are the fastest for; MOST where
+        they serve any number.
+        """
+        weight = self.norm.weight
+        if not (compiled(weight) and programs.compiled() and compiled_for(cache.layers[0])):
+            return
+        most = MOST if self.reproducible else few_rows(weight.dtype)
+        program = Program(most, weight.dtype)
+        x, normed = program.rows("x", self.config.dim), program.rows("normed", self.config.dim)
+        layers: list[Block] = list(self.layers)  # type: ignore[arg-type]
+        norms = [layer.attention_norm for layer in layers] + [self.norm]
+        program.norm(x, norms[0].weight, norms[0].eps, normed)
+        for layer, after in zip(layers, norms[1:], strict=True):
+            y = layer.attention.lay(program, normed, cache)
+            program.add_norm(x, y, x, layer.ffn_norm.weight, layer.ffn_norm.eps, normed)
+            y = layer.feed_forward.lay(program, normed)
+            program.add_norm(x, y, x, after.weight, after.eps, normed)
+        self.program = cache, program
+
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
-        """Run the batch's tokens through all layers, writing the cache: the last hidden states, normed, [n, dim]."""
+        """Run the batch's tokens through all layers, writing the cache: the last hidden states, normed, [n, dim].
+
+        They may be overwritten by the next call.
+        """
         angles = self.rope.angles(batch.positions, batch.lengths)
         x = self.tok_embeddings(batch.tokens)
+        if self.program is not None and self.program[0] is cache and len(x) <= self.program[1].most:
+            return self._run(self.program[1], x, batch, angles, cache)
         for layer in self.layers:
             x = layer(x, batch, angles, cache)
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def _run(
+        self, program: Program, x: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor], cache: KVCache
+    ) -> torch.Tensor:
+        n = len(x)
+        program.rows("x", self.config.dim)[:n] = x
+        n_slots = cache.n_pages * cache.page_size
+        program.run(n, batch.slots, n_slots, batch.tables, batch.starts, batch.counts, *angles)
+        return program.rows("normed", self.config.dim)[:n]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [n, dim] -> float32 logits [n, vocab_size], whole on every rank."""

@@ -18,7 +18,8 @@ from fairscale.nn.model_parallel import initialize as fs
 from fairscale.nn.model_parallel import layers as fs_layers
 from torch import nn
 
-from llama_dist.kernels.linear import compiled, linear, unit_sums
+from llama_dist.kernels.linear import fastest, linear, unit_sums
+from llama_dist.kernels.program import Program
 from llama_dist.kernels.tree import Node, roots, total
 from llama_dist.parallel.control import guarded
 from llama_dist.parallel.units import Cut, Slice
@@ -33,9 +34,6 @@ class Part:
     dtype: torch.dtype
     device: torch.device
     reproducible: bool = False
-
-
-FEW_ROWS = 16  # up to so many the project's kernel is faster than torch's, beyond it is not
 
 
 @dataclass(frozen=True)
@@ -88,10 +86,8 @@ def total_of_ranks(sums: torch.Tensor, nodes: Sequence[Sequence[Node]]) -> torch
 
 
 def product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, reproducible: bool) -> torch.Tensor:
-    """x [n, k] times w [m, k] transposed: by the project's own kernel where it must be, or is the faster one."""
-    if reproducible or (len(x) <= FEW_ROWS and compiled(x)):
-        return linear(x, w, bias)
-    return F.linear(x, w, bias)
+    """x [n, k] times w [m, k] transposed: by the kernel whose rows keep their bits where it must be, or the fastest."""
+    return linear(x, w, bias) if reproducible else fastest(x, w, bias)
 
 
 class ColumnParallelLinear(fs_layers.ColumnParallelLinear):  # type: ignore[misc]
@@ -138,6 +134,12 @@ class FusedColumns(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.split(product(x, self.weight, self.bias, self.reproducible), self.sizes, 1)
 
+    def lay(self, program: Program, x: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
+        """Append it to a program; the rows it makes are called `name`."""
+        y = program.rows(name, sum(self.sizes))
+        program.linear(x, self.weight, self.bias, y)
+        return torch.split(y, self.sizes, 1)
+
 
 class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
     """y = x W^T + b with the columns of W cut: this rank's x [n, columns padded] -> the whole y [n, out_features].
@@ -170,6 +172,34 @@ class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
         else:
             y = reduce(product(x, self.weight, None, False))
         return y if self.bias is None else y + self.bias
+
+    def lay(self, program: Program, x: torch.Tensor, name: str) -> torch.Tensor:
+        """Append it to a program, its reduction too; the rows it makes are called `name`."""
+        y = program.rows(name, self.out_features)
+        if self.reproducible:
+            width, mine = self.n_units * self.unit, roots(self.first, self.n_units)
+            planes = program.rows("planes of " + name, self.out_features, max(1, len(mine)))
+            if width:
+                program.unit_sums(x[:, :width], self.weight[:, :width], self.unit, self.first, planes)
+            if len(self.nodes) == 1:
+                program.add_planes(planes, mine, y)
+            else:
+                program.call(lambda n: _copy(y, total_of_ranks(planes[: len(mine), :n], self.nodes)))
+        else:
+            program.linear(x, self.weight, None, y)
+            if len(self.nodes) > 1:
+                program.call(lambda n: _reduce(y[:n]))
+        if self.bias is not None:
+            program.add(y, self.bias, y)
+        return y
+
+
+def _copy(to: torch.Tensor, rows: torch.Tensor) -> None:
+    to[: len(rows)] = rows
+
+
+def _reduce(x: torch.Tensor) -> None:
+    reduce(x)
 
 
 class VocabParallelEmbedding(fs_layers.VocabParallelEmbedding):  # type: ignore[misc]

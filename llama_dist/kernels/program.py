@@ -1,0 +1,150 @@
+"""A list of kernels, laid out once and run by one call in C++: what a forward pass of few rows is made of.
+
+Each operation is packed with the addresses of its tensors, which the program keeps alive. Rows are those of the call:
+tensors have room for `most` of them. The bits are those of the same operations called one by one.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Callable, Sequence
+from ctypes import c_char_p, c_int, c_int64
+from typing import Any
+
+import torch
+
+from llama_dist.kernels import build
+from llama_dist.kernels.tree import Node
+
+NORM, LINEAR, ROPE, ATTEND, GATE, PLANES = range(6)  # as in program.h
+OP = struct.Struct("=16q")
+STEP = struct.Struct("=11q")
+
+
+@functools.cache
+def _compiled() -> Any:
+    return build.function("program", c_char_p, c_int64, c_char_p, c_int)
+
+
+def compiled() -> bool:
+    """Whether programs can run here."""
+    return _compiled() is not None
+
+
+class Program:
+    """Operations in order, for up to `most` rows of `dtype` (bfloat16 or float32), on the CPU."""
+
+    def __init__(self, most: int, dtype: torch.dtype) -> None:
+        self.most, self.dtype = most, dtype
+        self._parts: list[bytearray | Callable[[int], None]] = []
+        self._rows: dict[str, torch.Tensor] = {}
+        self._held: list[torch.Tensor] = []
+
+    def rows(self, name: str, width: int, planes: int = 0) -> torch.Tensor:
+        """The tensor [most, width] of that name, to hand rows on; or planes [planes, most, width] of float32.
+
+        The same name gives the same tensor: operations that follow one another share it.
+        """
+        shape = (planes, self.most, width) if planes else (self.most, width)
+        found = self._rows.get(name)
+        if found is None:
+            found = self._rows[name] = torch.empty(shape, dtype=torch.float32 if planes else self.dtype)
+        assert found.shape == shape, f"{name} is {tuple(found.shape)}, asked for {shape}"
+        return found
+
+    def call(self, function: Callable[[int], None]) -> None:
+        """Have `function` called with the number of rows at this place."""
+        self._parts.append(function)
+
+    def _add(self, kind: int, *values: int | torch.Tensor | None) -> None:
+        self._held += [v for v in values if isinstance(v, torch.Tensor)]
+        numbers = [v.data_ptr() if isinstance(v, torch.Tensor) else v or 0 for v in values]
+        if not self._parts or not isinstance(self._parts[-1], bytearray):
+            self._parts.append(bytearray())
+        part = self._parts[-1]
+        assert isinstance(part, bytearray)
+        part += OP.pack(kind, *numbers, *[0] * (15 - len(numbers)))
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, groups: int = 1) -> None:
+        """RMS norms over the `groups` parts of each row of x, each times weight [width / groups]; out may be x."""
+        bits = int.from_bytes(struct.pack("=f", eps), "little")
+        dim = x.shape[1] // groups
+        assert weight.shape == (dim,), f"a weight of {tuple(weight.shape)} for {dim} numbers"
+        self._add(NORM, x, x.stride(0), None, 0, None, weight, out, out.stride(0), groups, bits, dim)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, total: torch.Tensor) -> None:
+        """total = x + y, packed; y is rows, or one row [width] for all; total may be x."""
+        stride = y.stride(0) if y.dim() == 2 else 0
+        self._add(NORM, x, x.stride(0), y, stride, total, None, None, 0, 1, 0, x.shape[1])
+
+    def add_norm(
+        self, x: torch.Tensor, y: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
+    ) -> None:
+        """total = x + y, packed, and out its norm."""
+        bits = int.from_bytes(struct.pack("=f", eps), "little")
+        self._add(NORM, x, x.stride(0), y, y.stride(0), total, weight, out, out.stride(0), 1, bits, x.shape[1])
+
+    def linear(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+        """y = x W^T + bias."""
+        k = x.shape[1]
+        self._add(LINEAR, x, x.stride(0), w, w.stride(0), bias, y, y.stride(0), 0, 0, w.shape[0], k, max(1, k), 0)
+
+    def unit_sums(self, x: torch.Tensor, w: torch.Tensor, unit: int, first: int, planes: torch.Tensor) -> None:
+        """planes [roots, most, N] float32: the partial products by unit, as `kernels.linear.unit_sums` has them."""
+        sizes = (planes.stride(1), planes.stride(0), 1, w.shape[0], x.shape[1], unit, first)
+        self._add(LINEAR, x, x.stride(0), w, w.stride(0), None, planes, *sizes)
+
+    def add_planes(self, planes: torch.Tensor, nodes: Sequence[Node], y: torch.Tensor) -> None:
+        """y = the planes' sum in the tree, `nodes` being what each of them holds (`kernels.tree.total`)."""
+        packed = torch.tensor(nodes, dtype=torch.int64)
+        self._add(PLANES, planes, planes.stride(0), packed, len(nodes), y, planes.shape[2])
+
+    def rope(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Rotate q in place; write k, rotated, and v to the call's slots of the cache [kv_heads, slots, head_dim]."""
+        dim, n_kv = keys.shape[2], keys.shape[0]
+        sizes = (keys.stride(0), q.shape[1] // dim, n_kv, dim)
+        self._add(ROPE, q, q.stride(0), k, k.stride(0), v, v.stride(0), keys, values, *sizes)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        of_query: torch.Tensor,
+        window: int,
+        out: torch.Tensor,
+    ) -> None:
+        """out [most, heads * head_dim], packed: attention of the call's spans (`kernels.attention.attend`)."""
+        sizes = (len(of_query), keys.shape[0], keys.shape[2], window)
+        self._add(ATTEND, q, q.stride(0), keys, values, keys.stride(0), of_query, *sizes, out)
+
+    def gate(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+        """out = silu(a) * b, packed."""
+        self._add(GATE, a, a.stride(0), b, b.stride(0), out, out.shape[1])
+
+    def run(
+        self,
+        n: int,
+        slots: torch.Tensor,
+        n_slots: int,
+        tables: torch.Tensor,
+        starts: torch.Tensor,
+        lengths: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> None:
+        """Compute all of it for `n` rows; tensors are as in `rope_write` and `attend`. IndexError outside the cache."""
+        assert n <= self.most, f"{n} rows, room for {self.most}"
+        small = (slots, tables, starts, lengths, cos, sin)
+        step = STEP.pack(
+            self.dtype == torch.bfloat16, n, len(starts), tables.shape[1], n_slots, *[t.data_ptr() for t in small]
+        )
+        for part in self._parts:
+            if not isinstance(part, bytearray):
+                part(n)
+                continue
+            fault = _compiled()(bytes(part), len(part) // OP.size, step, torch.get_num_threads())
+            if fault:
+                what = f"span {fault - 1} has pages" if fault > 0 else f"token {-fault - 1} has a slot"
+                raise IndexError(f"{what} outside the cache, which has {n_slots} slots")

@@ -1,0 +1,96 @@
+// A list of kernels run by one team of threads in one call: the forward pass of a few rows, without a Python call, a new
+// tensor or a new parallel region for each of its operations.
+#include "program.h"
+
+#include <algorithm>
+
+#include "rows.h"
+#include "team.h"
+
+namespace {
+
+constexpr int MAX_PLANES = 64;
+
+// y = the sum of planes [n_planes][n, dim] of floats in the tree of tree.py, whose nodes they are, in its type.
+template <class T>
+void add_planes(const float *planes, long plane, const int64_t *nodes, long n_planes, T *y, long numbers) {
+    constexpr long PART = 4096;
+#pragma omp for schedule(static)
+    for (long part = 0; part < (numbers + PART - 1) / PART; part++)
+        for (long at = part * PART; at < std::min(numbers, (part + 1) * PART); at += WIDTH) {
+            const long left = numbers - at;
+            Lanes values[MAX_PLANES];
+            int64_t level[MAX_PLANES], index[MAX_PLANES];
+            int size = 0;
+            auto merge = [&](bool end) {
+                while (size > 1) {
+                    int64_t &low = level[size - 1], &high = level[size - 2];
+                    if (end) index[size - 1] >>= high - low, low = high;  // without a right sibling it stands for its parent
+                    if (low != high || index[size - 1] % 2 == 0 || index[size - 2] != index[size - 1] - 1) return;
+                    values[size - 2] = values[size - 2] + values[size - 1];
+                    size--;
+                    level[size - 1]++, index[size - 1] >>= 1;
+                }
+            };
+            for (long p = 0; p < n_planes; p++) {
+                values[size] = load(planes + p * plane + at, left);
+                level[size] = nodes[2 * p], index[size] = nodes[2 * p + 1], size++;
+                merge(false);
+            }
+            while (size > 1) merge(true);
+            store(y + at, values[0], left);
+        }
+}
+
+// Called by every thread of the team.
+void run_one(const Op &op, const Step &step, int threads) {
+    const int64_t *v = op.v;
+    auto p = [&](int i) { return reinterpret_cast<void *>(v[i]); };
+    const int bf16s = int(step.is_bf16);
+    switch (op.kind) {
+        case Op::NORM: {
+            float eps;
+            memcpy(&eps, &v[9], sizeof eps);
+            team::rms_norm(bf16s, p(0), v[1], p(2), v[3], p(4), p(5), p(6), v[7], step.n, v[8], v[10], eps);
+            break;
+        }
+        case Op::LINEAR:
+            team::linear(bf16s, p(0), v[1], p(2), v[3], p(4), p(5), v[6], v[7], int(v[8]), step.n, v[9], v[10], v[11], v[12],
+                         threads);
+            break;
+        case Op::ROPE:
+            team::rope_write(bf16s, p(0), v[1], p(2), v[3], p(4), v[5], step.cos, step.sin, p(6), p(7), v[8], step.slots, step.n,
+                             v[9], v[10], v[11]);
+            break;
+        case Op::ATTEND:
+            team::attend(bf16s, p(0), v[1], p(2), p(3), v[4], step.tables, int(step.max_pages), step.starts, step.lengths,
+                         int(step.spans), static_cast<const int *>(p(5)), int(v[6]), int(v[7]), int(v[8]), int(v[9]), p(10),
+                         threads);
+            break;
+        case Op::GATE:
+            team::silu_mul(bf16s, p(0), v[1], p(2), v[3], p(4), step.n, v[5]);
+            break;
+        case Op::PLANES:
+            if (bf16s)
+                add_planes(static_cast<const float *>(p(0)), v[1], static_cast<const int64_t *>(p(2)), v[3],
+                           static_cast<bf16 *>(p(4)), step.n * v[5]);
+            else
+                add_planes(static_cast<const float *>(p(0)), v[1], static_cast<const int64_t *>(p(2)), v[3],
+                           static_cast<float *>(p(4)), step.n * v[5]);
+            break;
+    }
+}
+
+}  // namespace
+
+// Returns 0, or -(1 + the first token whose slot is not in the cache), or 1 + the first span whose pages are not: then
+// nothing is computed.
+extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step, int threads) {
+    for (int64_t i = 0; i < step->n; i++)
+        if (step->slots[i] < 0 || step->slots[i] >= step->n_slots) return -int(i) - 1;
+    if (int bad = team::bad_span(step->n_slots, step->tables, int(step->max_pages), step->starts, step->lengths, int(step->spans)))
+        return bad;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < n_ops; i++) run_one(ops[i], *step, threads);
+    return 0;
+}
