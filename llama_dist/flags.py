@@ -237,7 +237,8 @@ def help_text(options: type, flags: Mapping[str, Flag], command: str) -> str:
         elif flag.default is None or flag.default == ():
             note = ""
         else:
-            note = f"default: {str(flag.default).lower() if flag.type is bool else flag.default}"
+            shown_default = ",".join(map(str, flag.default)) if isinstance(flag.default, tuple) else str(flag.default)
+            note = f"default: {shown_default.lower() if flag.type is bool else shown_default}"
         text = flag.help + (f" [{note}]" if note else "")
         lines += textwrap.wrap(text, 100, initial_indent=f"  {shown:<28} ", subsequent_indent=" " * 31)
     lines += [

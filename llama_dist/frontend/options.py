@@ -253,6 +253,18 @@ def parse_words(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
+CONTENDERS = ("transformers", "llama.cpp", "vllm")
+
+
+def parse_contenders(text: str) -> tuple[str, ...]:
+    """`transformers,vllm=/venv/bin/python` to its items, each contender once."""
+    items = [item.strip() for item in text.split(",")]
+    names = [item.partition("=")[0] for item in items]
+    if any(name not in CONTENDERS for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"must be some of {','.join(CONTENDERS)}, each alone or as NAME=PYTHON")
+    return tuple(items)
+
+
 @dataclass(frozen=True)
 class BenchOptions:
     """measures this machine's speed at a model, beside the limits of the hardware
@@ -290,6 +302,18 @@ class BenchOptions:
     repeats: int = field(default=3, metadata=option("rounds; the table has medians over them"))
     json: str | None = field(default=None, metadata=option("a file for all figures, as JSON"))
     plot: str | None = field(default=None, metadata=option("a PNG file for a picture of them"))
+    against: tuple[str, ...] = field(
+        default=(),
+        metadata=option(
+            f"others to do the same work in turn, fresh processes all: {','.join(CONTENDERS)}, each alone or as "
+            "NAME=PYTHON of a virtual environment that has it",
+            parse=parse_contenders,
+        ),
+    )
+    scale: bool = field(
+        default=False,
+        metadata=option("how cost grows with batch, context, ranks and lines of a file too; takes many minutes"),
+    )
 
     def __post_init__(self) -> None:
         if self.shape is not None and self.run.ckpt_dir != self.shape:
@@ -298,6 +322,8 @@ class BenchOptions:
             raise ConfigError(f"--shape is {self.shape!r}, must be one of {', '.join(SHAPES)}")
         if self.repeats < 1:
             raise ConfigError(f"--repeats is {self.repeats}, must be 1 or more")
+        if self.against and self.scale:
+            raise ConfigError("--against and --scale exclude each other; make two runs of it")
 
 
 @dataclass(frozen=True)

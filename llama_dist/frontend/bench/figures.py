@@ -37,6 +37,22 @@ class Limits:
     reduction: float | None
     how: Mapping[str, str]
 
+    def to_json(self) -> dict[str, Any]:
+        values = {
+            "read": (self.read, "bytes/s"),
+            "product": (self.product, "FLOP/s"),
+            "reduction": (self.reduction, "s"),
+        }
+        return {
+            name: {"value": value, "unit": unit, "how": self.how.get(name, "")}
+            for name, (value, unit) in values.items()
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Limits:
+        values = {name: item["value"] for name, item in data.items()}
+        return Limits(**values, how={name: item["how"] for name, item in data.items() if item["how"]})
+
 
 def best(readings: Sequence[Limits]) -> Limits:
     """The best of every reading: what the hardware can do, it can do."""
@@ -81,6 +97,11 @@ class Figure:
             "bound": self.bound,
             "share": self.share,
         }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Figure:
+        values = tuple(data["values"])
+        return Figure(data["name"], data["size"], data["unit"], values, data["limit"], data["bound"])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -68,16 +67,6 @@ class About:
     date: str
     command: str
 
-    def lines(self) -> list[str]:
-        where = f"{self.device}, " if self.device != "cpu" else ""
-        ranks = f"{self.ranks} rank{'s' if self.ranks > 1 else ''} x {self.threads} threads"
-        hosts = f" on {self.hosts} hosts" if self.hosts > 1 else ""
-        return [
-            f"{self.model}, {self.dtype}, {ranks}{hosts}",
-            f"{where}{self.processor}, {self.cores} cores; torch {self.torch}; {self.date}",
-            self.command,
-        ]
-
 
 def command_line() -> str:
     """The command as it was given, with its launcher."""
@@ -109,7 +98,3 @@ def about(model: str, dtype: torch.dtype, world: World) -> About:
         datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
         command_line(),
     )
-
-
-def as_json(found: About) -> dict[str, Any]:
-    return dict(vars(found))

@@ -1,10 +1,14 @@
-"""The figures as a table for people to read."""
+"""Results as tables for people to read."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 from llama_dist.frontend.bench.figures import BYTES, RATE, Figure, Limits
+from llama_dist.frontend.bench.machine import About
+from llama_dist.frontend.bench.results import Contender, Results
+from llama_dist.frontend.bench.scaling import STEEPEST, Series
 from llama_dist.frontend.numbers import show_number, show_share
 from llama_dist.frontend.sizes import show_bytes
 
@@ -82,3 +86,61 @@ def profile_text(profiles: Mapping[int, Mapping[str, float]]) -> list[str]:
         for label in sorted(most, key=lambda label: -most[label])
     ]
     return aligned(rows)
+
+
+def about_text(about: About) -> list[str]:
+    """What a figure needs to stand by itself."""
+    where = f"{about.device}, " if about.device != "cpu" else ""
+    ranks = f"{about.ranks} rank{'s' if about.ranks > 1 else ''} x {about.threads} threads"
+    hosts = f" on {about.hosts} hosts" if about.hosts > 1 else ""
+    versions = f"torch {about.torch}, llama_dist {about.llama_dist}"
+    return [
+        f"{about.model}, {about.dtype}, {ranks}{hosts}",
+        f"{where}{about.processor}, {about.cores} cores; {versions}; {about.date}",
+        about.command,
+    ]
+
+
+def contenders_text(figures: Sequence[Figure], contenders: Sequence[Contender]) -> list[str]:
+    """Medians of the others at the same work, and how many times better ours are."""
+    rows = [("times better than", "llama_dist", *(contender.name for contender in contenders))]
+    for figure in figures:
+        cells = [title(figure), show_value(figure.median, figure.unit)]
+        for contender in contenders:
+            values, ratio = contender.values.get((figure.name, figure.size)), contender.ratio(figure)
+            shown = show_value(statistics.median(values), figure.unit) if values else ""
+            cells.append(f"{shown} ({ratio:.2f})" if ratio is not None else "")
+        if any(cells[2:]):
+            rows.append(tuple(cells))
+    return [*aligned(rows), *(f"{contender.name}: {contender.about}" for contender in contenders)]
+
+
+def series_text(series: Series) -> list[str]:
+    """A series: sizes over rates, and how steep its cost rises."""
+    if not series.points:
+        return [f"{series.name} by {series.axis}: nothing; {series.note}"]
+    lines = aligned(
+        [
+            (series.axis, *(f"{point.x:,.0f}" for point in series.points)),
+            (f"{series.name}, {series.unit}", *(show_number(point.rate) for point in series.points)),
+        ]
+    )
+    if series.exponent is not None:
+        verdict = f"FASTER THAN ITS WORK (at most {STEEPEST})" if series.steep else "no faster than its work"
+        lines.append(f"  its cost grows as the work to the {series.exponent:.2f}: {verdict}")
+    if series.note:
+        lines.append(f"  {series.note}")
+    return lines
+
+
+def text_of(results: Results) -> str:
+    """Everything that is printed."""
+    parts = [about_text(results.about), figures_text(results.figures), limits_text(results.limits)]
+    if results.contenders:
+        parts.append(contenders_text(results.figures, results.contenders))
+    if results.profiles:
+        parts.append(profile_text(results.profiles))
+    parts += [series_text(series) for series in results.series]
+    if results.left_out:
+        parts.append([f"left out: {what}: {why}" for what, why in results.left_out])
+    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"

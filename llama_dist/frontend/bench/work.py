@@ -48,8 +48,7 @@ class Player:
         made = []
         for length in lengths:
             number = next(self.serial)
-            draw = random.Random(number)
-            made.append(Request(f"bench-{number}", tuple(draw.randrange(vocab) for _ in range(length)), params))
+            made.append(Request(f"bench-{number}", random_prompt(number, length, vocab), params))
         return made
 
     def no_room(self, sequences: int, length: int) -> str | None:
@@ -80,16 +79,15 @@ class Player:
         """Answer a short prompt with one token."""
         self.until_idle(self.requests([16], 1))
 
-    def decoding(self, batch: int, context: int = PROMPT) -> None:
-        """Start `batch` sequences and take steps until each has its prompt of `context` tokens behind it."""
+    def decoding(self, batch: int, context: int = PROMPT, warm: int = WARM) -> None:
+        """Start `batch` sequences, step until each has its prompt of `context` tokens behind it, then `warm` times."""
         engine = self.session.engine
         for request in self.requests([context] * batch, None):
             engine.add(request)
         scheduler = engine.scheduler
         while scheduler.waiting or any(sequence.missing > 1 for sequence in scheduler.running):
             engine.step()
-        for _ in range(WARM):
-            engine.step()
+        self.steps(warm)
 
     def steps(self, n: int) -> float:
         """Seconds of `n` steps."""
@@ -140,6 +138,12 @@ class Player:
         synchronize(session.world.device)
         seconds = time.perf_counter() - began
         return MIXED * MIXED_NEW / seconds
+
+
+def random_prompt(number: int, length: int, vocab: int) -> tuple[int, ...]:
+    """The prompt of that number, the same every time."""
+    draw = random.Random(number)
+    return tuple(draw.randrange(vocab) for _ in range(length))
 
 
 def mixed_lengths() -> list[int]:
