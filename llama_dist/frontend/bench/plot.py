@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from llama_dist.frontend.bench.figures import RATE, Figure
-from llama_dist.frontend.bench.results import Results
+from llama_dist.frontend.bench.results import Contender, Results
 from llama_dist.frontend.bench.scaling import Series
 from llama_dist.frontend.bench.table import about_text, show_value, title
 from llama_dist.frontend.numbers import show_short
@@ -37,7 +38,7 @@ def draw(results: Results, path: Path) -> None:
         grid = canvas.add_gridspec(len(heights), 2, height_ratios=heights)
         at = 0
         if rates:
-            shares(canvas.add_subplot(grid[at, :]), rates)
+            shares(canvas.add_subplot(grid[at, :]), rates, results.contenders)
             at += 1
         if results.profiles:
             profile(canvas.add_subplot(grid[at, :]), results)
@@ -47,19 +48,30 @@ def draw(results: Results, path: Path) -> None:
         canvas.savefig(path, format="png")
 
 
-def shares(axes: Axes, rates: Sequence[Figure]) -> None:
-    """A bar a rate, its limit being 100 %."""
+def shares(axes: Axes, rates: Sequence[Figure], contenders: Sequence[Contender]) -> None:
+    """A bar a rate, its limit being 100 %; the others' rates as marks."""
     values = [100 * (figure.share or 0.0) for figure in rates]
     axes.barh(range(len(rates)), values, color=BLUE, height=0.62)
     axes.set_yticks(range(len(rates)), [title(figure).removesuffix(f", {RATE}") for figure in rates])
     axes.invert_yaxis()
     axes.axvline(100, color=ORANGE, linewidth=1.2)
-    axes.set_xlim(0, max(112.0, *(value * 1.25 for value in values)))
-    for i, (figure, value) in enumerate(zip(rates, values, strict=True)):
+    ends = list(values)
+    for color, marker, contender in zip(COLORS[1:], "osD^v", contenders, strict=False):
+        marks = [
+            (100 * statistics.median(theirs) / (figure.limit or 1.0), i)
+            for i, figure in enumerate(rates)
+            if (theirs := contender.values.get((figure.name, figure.size)))
+        ]
+        axes.plot(*zip(*marks, strict=True), marker, color=color, markersize=5, label=contender.name)
+        ends = [max(end, *[x for x, i in marks if i == row], 0.0) for row, end in enumerate(ends)]
+    for i, (figure, end) in enumerate(zip(rates, ends, strict=True)):
         limit = show_value(figure.limit or 0.0, figure.unit)
-        axes.text(value + 1, i, f"{show_value(figure.median, figure.unit)} of {limit}", va="center", fontsize=8.5)
+        axes.text(end + 1.5, i, f"{show_value(figure.median, figure.unit)} of {limit}", va="center", fontsize=8.5)
+    axes.set_xlim(0, max(112.0, *(end * 1.25 for end in ends)))
     axes.grid(False, axis="y")
     axes.set_xlabel(f"{RATE}, % of the limit measured in the same run")
+    if contenders:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=8.5, borderaxespad=0.2)
 
 
 def profile(axes: Axes, results: Results) -> None:
@@ -83,9 +95,8 @@ def profile(axes: Axes, results: Results) -> None:
 def growth(axes: Axes, series: Series) -> None:
     """The rate over the size, both logarithmic."""
     color = "#c92a2a" if series.steep else BLUE
-    axes.loglog(
-        [point.x for point in series.points], [point.rate for point in series.points], "o-", color=color, ms=3.5
-    )
+    sizes, rates = [point.x for point in series.points], [point.rate for point in series.points]
+    axes.loglog(sizes, rates, "o-", color=color, markersize=3.5)
     least, most = min(rates), max(rates)
     spare = max(1.25, (8 * least / most) ** 0.5)  # a flat line looks flat
     axes.set_ylim(least / spare, most * spare)
