@@ -23,10 +23,11 @@ COMMANDS: Mapping[str, type] = {
     "inspect": options.InspectOptions,
     "plan": options.PlanOptions,
     "convert": options.ConvertOptions,
+    "doctor": options.DoctorOptions,
 }
 """Each command has a module of its name in `frontend`, whose `prepare(options)` checks all and returns the work."""
 
-ON_RANKS = frozenset({"generate", "chat", "batch", "verify", "bench"})
+ON_RANKS = frozenset({"generate", "chat", "batch", "verify", "bench", "doctor"})
 """The commands that several ranks run together; the others are one process."""
 
 HELP_WORDS = ("--help", "-h", "help")

@@ -36,6 +36,22 @@ def test_any_world_and_any_batch(checkpoint: Saver, case: str, dtype: str) -> No
     assert expected is not None and len({row[0] for row in expected}) == N
 
 
+@pytest.mark.parametrize(("quantization", "dtype"), [("int8", "float32"), ("int4", "bfloat16")])
+def test_packed_weights(checkpoint: Saver, quantization: str, dtype: str) -> None:
+    """Units of 8 and 19 columns: none of them is of whole groups."""
+    folder = str(checkpoint("llama-gqa", "hf"))
+    expected = None
+    for world in (1, 2, 3, 5, 8):
+        ways = list(WAYS) if world == 1 else ["in chunks" if world % 2 else "together"]
+        job = (folder, dtype, ways, N, tiny.VOCAB, 3 - world if world < 3 else 1, None, quantization)
+        for rank, found in enumerate(run_ranks(world, every_way, *job)):
+            for way, (rows, _) in found.items():
+                expected = expected or rows
+                assert rows == expected, f"rank {rank} of {world}, {way}"
+    [plain] = run_ranks(1, every_way, folder, dtype, ["together"], N, tiny.VOCAB, 1)
+    assert plain["together"][0] != expected
+
+
 BROKEN = {
     "the order of a sum": ("together", 3),
     "the tiling of rows": ("together", 1),

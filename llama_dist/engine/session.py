@@ -32,6 +32,7 @@ from llama_dist.parallel.launch import read_launch
 from llama_dist.parallel.layers import Part
 from llama_dist.parallel.units import cut_model, units_for
 from llama_dist.parallel.world import World, join, model_parallel_size, pick_device
+from llama_dist.quant.scheme import QUANTIZATIONS
 from llama_dist.request import Completion, Request
 from llama_dist.text.base import Tokenizer
 from llama_dist.text.load import find_tokenizer, load_tokenizer, tokenizer_from_gguf
@@ -120,7 +121,7 @@ def mode_of(run: RunConfig, checked: Checked) -> str | None:
         return None
     launch = read_launch()
     n_units = units_for(model_parallel_size(run, launch), run.units)
-    return numeric_mode(checked.dtype, pick_device(run, launch), n_units)
+    return numeric_mode(checked.dtype, run.quantization, pick_device(run, launch), n_units)
 
 
 def _identity(run: RunConfig, checked: Checked) -> dict[str, object]:
@@ -147,15 +148,17 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
         config.n_heads, config.n_kv_heads, config.hidden_dim, config.vocab_size, units_for(world.mp_size, run.units)
     )
     began = time.monotonic()
-    part = Part(world.mp_rank, world.mp_size, checked.dtype, world.device, run.reproducible)
+    packing = QUANTIZATIONS[run.quantization] if run.quantization else None
+    part = Part(world.mp_rank, world.mp_size, checked.dtype, world.device, run.reproducible, packing)
     model = Transformer(config, units, part)
     load(model, reader, progress=world.rank == 0, halted=halted)
     reader.close()
     log.info(
-        "%s: %s, %s on %d x %s, %d replica%s, loaded in %.1f s",
+        "%s: %s, %s%s on %d x %s, %d replica%s, loaded in %.1f s",
         Path(run.ckpt_dir).name,
         config.family,
         str(checked.dtype).removeprefix("torch."),
+        f" with {run.quantization} weights" if run.quantization else "",
         world.mp_size,
         world.device.type,
         world.n_replicas,

@@ -29,6 +29,7 @@ SHARED_HELP: Mapping[str, str] = {
     "units": "pieces every parallel dimension is cut into; default: 8, or the ranks where more",
     "seed": "seed of the sampler; the same seed gives the same text on any number of ranks",
     "dtype": "type of weights and activations: auto, float32, bfloat16 or float16",
+    "quantization": "pack the weights while loading: int8 or int4; less memory, and faster answers on a CPU",
     "device": "auto, cpu or cuda",
     "chat_format": "chat format in place of the one found: see `inspect`",
     "timeout": "seconds a rank waits for the others before it gives up",
@@ -283,6 +284,7 @@ class BenchOptions:
             "units",
             "seed",
             "dtype",
+            "quantization",
             "device",
             "timeout",
             "check_every",
@@ -344,7 +346,7 @@ class PlanOptions:
     Needs no GPU and reads no weights. Sizes: GB is 10^9 bytes, GiB is 2^30. Exit code 2 when nothing fits.
     """
 
-    run: RunConfig = field(metadata=part("ckpt_dir", "max_seq_len", "max_batch_size", "dtype", "units"))
+    run: RunConfig = field(metadata=part("ckpt_dir", "max_seq_len", "max_batch_size", "dtype", "quantization", "units"))
     gpus: tuple[int, ...] = field(
         metadata=option("GPUs that share the model: 8, or several to compare: 1,2,4,8", parse=parse_counts)
     )
@@ -361,6 +363,44 @@ class PlanOptions:
                 f"--gpu_memory lists {len(self.gpu_memory)} sizes for --gpus {','.join(map(str, self.gpus))}; "
                 "give one size, or one for each GPU"
             )
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """finds what is wrong with ranks, hosts, network and files
+
+    Start it as the job will be started, on the same ranks. It names ranks that are missing, stopped, slow or different,
+    pairs that cannot connect or are slow, and folders that are not shared, in less than a minute. Exit code 1 where
+    something is wrong.
+    """
+
+    ckpt_dir: str | None = field(default=None, metadata=option(f"{SHARED_HELP['ckpt_dir']}; looked at on every rank"))
+    output_file: str | None = field(
+        default=None, metadata=option("where a job would write: one small file is put beside it and taken away again")
+    )
+    model_parallel_size: int | None = field(
+        default=RunConfig.model_parallel_size, metadata=option(SHARED_HELP["model_parallel_size"])
+    )
+    device: str = field(default=RunConfig.device, metadata=option(SHARED_HELP["device"]))
+    timeout: float = field(default=20.0, metadata=option("seconds to wait for ranks to start"))
+    json: bool = field(default=False, metadata=option("one JSON object"))
+    verbose: bool = field(default=RunConfig.verbose, metadata=option(SHARED_HELP["verbose"]))
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout < math.inf:
+            raise ConfigError(f"--timeout is {self.timeout}, must be more than 0 seconds")
+        if self.output_file in ("", "-"):
+            raise ConfigError(f"--output_file is {self.output_file!r}, must be a path")
+        assert self.run  # checks the rest
+
+    @property
+    def run(self) -> RunConfig:
+        return RunConfig(
+            self.ckpt_dir or "",
+            model_parallel_size=self.model_parallel_size,
+            device=self.device,
+            verbose=self.verbose,
+        )
 
 
 ConvertFormat = Literal["hf", "meta"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llama_dist.config import ModelConfig
+from llama_dist.engine.plan import units_of, weight_sizes
 from llama_dist.model.families import tensor_shapes
 
 EMBEDDING = "tok_embeddings.weight"
@@ -33,17 +34,18 @@ class Model:
     pair: float
 
 
-def model_of(config: ModelConfig, weight_bytes: float, kv_bytes: int) -> Model:
-    """`weight_bytes`: an entry of a weight takes so many, on average; `kv_bytes`: one of a key or value."""
+def model_of(config: ModelConfig, dtype_bytes: int, quantization: str | None = None) -> Model:
+    """Of a model whose weights, keys and values take `dtype_bytes` an entry, where the weights are not packed."""
     sizes = {name: math.prod(shape) for name, shape in tensor_shapes(config).items()}
-    everything = sum(sizes.values())
-    # Of an embedding that is not the output matrix too, a step reads a row a token.
-    read = everything if config.tied_embeddings else everything - sizes[EMBEDDING]
     head = config.vocab_size * config.dim
+    layers = sum(sizes.values()) - sizes[EMBEDDING] - (0 if config.tied_embeddings else head)
+    held = weight_sizes(config, units_of(config, 1, None), 1, dtype_bytes, quantization)
+    # Of an embedding that is not the output matrix too, a step reads a row a token.
+    is_output = config.tied_embeddings and quantization is None
     return Model(
-        weights=weight_bytes * read,
-        kv=2.0 * config.n_layers * config.n_kv_heads * config.head_dim * kv_bytes,
-        products=2.0 * (read - head),
+        weights=sum(held) - (0 if is_output else dtype_bytes * sizes[EMBEDDING]),
+        kv=2.0 * config.n_layers * config.n_kv_heads * config.head_dim * dtype_bytes,
+        products=2.0 * layers,
         head=2.0 * head,
         pair=4.0 * config.n_layers * config.n_heads * config.head_dim,
     )

@@ -81,12 +81,12 @@ def command_line() -> str:
     return " ".join([*words, shlex.join(sys.argv[1:])])
 
 
-def about(model: str, dtype: torch.dtype, world: World) -> About:
+def about(model: str, dtype: str, world: World) -> About:
     """Of this rank; rank 0's is reported."""
     device = "cpu" if world.device.type == "cpu" else torch.cuda.get_device_name(world.device)
     return About(
         model,
-        str(dtype).removeprefix("torch."),
+        dtype,
         device,
         processor(),
         len(os.sched_getaffinity(0)),

@@ -63,15 +63,21 @@ class Rounds:
 
 
 def held_bytes(session: Session) -> int:
-    """Bytes of weights on this rank."""
-    return sum(p.nbytes for p in session.engine.model.parameters())
+    """Bytes of weights on each rank."""
+    config, size, run = session.config, session.world.mp_size, session.run
+    itemsize = session.engine.model.norm.weight.itemsize
+    return max(rank_weight_bytes(config, units_of(config, size, run.units), size, itemsize, run.quantization))
 
 
 def session_model(session: Session) -> Model:
-    """What the session's work costs, with the weights as they are held."""
-    config, size, itemsize = session.config, session.world.mp_size, session.engine.model.norm.weight.itemsize
-    plain = rank_weight_bytes(config, units_of(config, size, session.run.units), size, itemsize)[session.world.mp_rank]
-    return model_of(config, itemsize * held_bytes(session) / plain, itemsize)
+    """What the session's work costs."""
+    return model_of(session.config, session.engine.model.norm.weight.itemsize, session.run.quantization)
+
+
+def type_of(session: Session) -> str:
+    """In which type the session computes, and how its weights are packed."""
+    packed = f" with {session.run.quantization} weights" if session.run.quantization else ""
+    return str(session.engine.model.norm.weight.dtype).removeprefix("torch.") + packed
 
 
 def measure(player: Player, options: BenchOptions) -> Results:
@@ -98,7 +104,7 @@ def measure(player: Player, options: BenchOptions) -> Results:
     name = f"{Path(session.run.ckpt_dir).name}{', random weights' if options.shape else ''}"
     size = f"{model_bytes(config, 1) / 1e9:.3g} B parameters"
     return Results(
-        about(f"{name}, {config.family}, {size}", weight.dtype, world),
+        about(f"{name}, {config.family}, {size}", type_of(session), world),
         figures_of(measured, session_model(session), found, sizes),
         found,
         rounds.left_out,
@@ -124,7 +130,7 @@ def profile(player: Player) -> tuple[dict[int, dict[str, float]], float | None]:
         if player.no_room(batch, PROMPT + WARM + PROFILED + batch) is not None:
             continue
         player.decoding(batch)
-        with timed() as clock:
+        with timed(player.session.engine.model) as clock:
             player.steps(PROFILED)
         player.drop()
         whole = sum(clock.seconds.values())

@@ -14,6 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
+from llama_dist.kernels import program
+from llama_dist.model.transformer import Transformer
+
 PYTHON = "Python of the tick"
 FORWARD = "Python of the forward pass"
 PRODUCTS, ATTENTION, SMALL, REDUCTIONS = "products", "attention", "norms, rotation, gate", "reductions"
@@ -32,7 +37,7 @@ TARGETS = (
     ("model.rope", "Rope.angles", SMALL),
     ("parallel.layers", "VocabParallelEmbedding.forward", SMALL),
     ("parallel.layers", "product", PRODUCTS),
-    ("parallel.layers", "unit_sums", PRODUCTS),
+    ("parallel.layers", "partial_sums", PRODUCTS),
     ("parallel.layers", "reduce", REDUCTIONS),
     ("parallel.layers", "gather", REDUCTIONS),
     ("parallel.layers", "total_of_ranks", REDUCTIONS),
@@ -44,6 +49,19 @@ TARGETS = (
     ("kernels.small", "silu_mul", SMALL),
 )
 """Module, function or method, and whose its time is."""
+
+OF_PROGRAM = {
+    program.NORM: SMALL,
+    program.LINEAR: PRODUCTS,
+    program.ROPE: SMALL,
+    program.ATTEND: ATTENTION,
+    program.GATE: SMALL,
+    program.PLANES: REDUCTIONS,
+    program.PACKED: PRODUCTS,
+    program.SHARED_SUM: REDUCTIONS,
+    program.SHARED_PLANES: REDUCTIONS,
+}
+"""The same of the operations that run in one call, which then belongs to FORWARD less these."""
 
 
 class Clock:
@@ -68,6 +86,12 @@ class Clock:
     def leave(self) -> None:
         self._charge()
         self._labels.pop()
+
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Part of what one label has is another's."""
+        if seconds:
+            self.seconds[source] -= seconds
+            self.seconds[target] = self.seconds.get(target, 0.0) + seconds
 
     def around(self, function: Callable[..., Any], label: str) -> Callable[..., Any]:
         """The function, timed."""
@@ -95,9 +119,12 @@ def places(module: str, name: str) -> list[tuple[Any, str]]:
 
 
 @contextlib.contextmanager
-def timed() -> Iterator[Clock]:
-    """The functions of TARGETS timed while this is open."""
+def timed(model: Transformer) -> Iterator[Clock]:
+    """The functions of TARGETS, and the operations of the model's program, timed while this is open."""
     clock = Clock()
+    laid_out = model.program[1] if model.program is not None else None
+    if laid_out is not None:
+        laid_out.seconds = torch.zeros(program.KINDS, dtype=torch.float64)
     before: list[tuple[Any, str, Any]] = []
     try:
         for module, name, label in TARGETS:
@@ -110,3 +137,7 @@ def timed() -> Iterator[Clock]:
     finally:
         for owner, key, function in reversed(before):
             setattr(owner, key, function)
+        if laid_out is not None and laid_out.seconds is not None:
+            for kind, seconds in enumerate(laid_out.seconds.tolist()):
+                clock.move(seconds, FORWARD, OF_PROGRAM[kind])
+            laid_out.seconds = None
