@@ -18,16 +18,18 @@ from llama_dist.config import ModelConfig
 from llama_dist.engine.memory import host_memory
 from llama_dist.frontend.bench.figures import Limits
 from llama_dist.kernels import read as reading
-from llama_dist.kernels.linear import compiled, linear
+from llama_dist.kernels.linear import compiled, fastest, linear
 from llama_dist.parallel.control import collect
 from llama_dist.parallel.layers import reduce
 from llama_dist.parallel.world import World
 
 READ_BYTES = 2**30  # of a host or a GPU; beyond any cache
+LARGE_PAGE = 2**21
 READINGS = 5
 SLOW = 0.3  # seconds of a reading that is not repeated
 REDUCTIONS = 100  # in a row
 ROWS = 512  # of a product as large as the model's
+SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # of square ones
 
 
 def _seconds(device: torch.device, work: Callable[[], Any]) -> float:
@@ -64,19 +66,20 @@ def _fastest(world: World, candidates: Iterator[tuple[str, float, Callable[[], A
 
 def _memory(world: World) -> torch.Tensor:
     """Numbers to read, float32, beyond the caches and within what memory is left; in large pages where there are."""
-    if world.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(world.device)
-        return torch.ones(min(READ_BYTES, free // 4) // 4, device=world.device)
-    share = min(READ_BYTES, host_memory() // 4) // world.local_size
-    room = mmap.mmap(-1, share // 2**21 * 2**21)
+    cuda = world.device.type == "cuda"
+    free = torch.cuda.mem_get_info(world.device)[0] if cuda else host_memory()
+    share = min(collect(world, min(READ_BYTES, free // 4) // (1 if cuda else world.local_size)))
+    if cuda:
+        return torch.ones(share // 4, device=world.device)
+    room = mmap.mmap(-1, share // LARGE_PAGE * LARGE_PAGE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         room.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(room, dtype=torch.float32).fill_(1)
 
 
-def _reads(memory: torch.Tensor) -> Iterator[tuple[str, float, Callable[[], Any]]]:
+def _reads(world: World, memory: torch.Tensor) -> Iterator[tuple[str, float, Callable[[], Any]]]:
     if memory.device.type == "cpu":
-        for way in range(reading.n_ways()):
+        for way in range(min(collect(world, reading.n_ways()))):
             yield f"C++ loop {way}", memory.nbytes, functools.partial(reading.read, memory, way)
     yield "torch's sum", memory.nbytes, memory.sum
     half = len(memory) // 2
@@ -85,22 +88,23 @@ def _reads(memory: torch.Tensor) -> Iterator[tuple[str, float, Callable[[], Any]
 
 def _products(world: World, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, float, Callable[[], Any]]]:
     device = world.device
-    sizes = [(ROWS, config.dim, config.hidden_dim)]
-    sizes += [(n, n, n) for n in ((4096, 8192) if device.type == "cuda" else (1024, 2048))]
+    own = all(collect(world, compiled(torch.empty(0, dtype=dtype, device=device))))
+    sizes = [(ROWS, config.dim, config.hidden_dim), *((n, n, n) for n in SIDES[device.type])]
     for m, k, n in sizes:
         x = torch.full((m, k), 0.5, dtype=dtype, device=device)
         w = torch.full((n, k), 0.5, dtype=dtype, device=device)
         amount = 2.0 * m * k * n
         yield f"torch's product of {m} x {k} x {n}", amount, functools.partial(F.linear, x, w)
-        if compiled(x):
+        if own:
             yield f"own product of {m} x {k} x {n}", amount, functools.partial(linear, x, w)
+            yield f"layers' product of {m} x {k} x {n}", amount, functools.partial(fastest, x, w, None)
 
 
 @torch.inference_mode()
 def measure(world: World, config: ModelConfig, dtype: torch.dtype) -> Limits:
     """One round of readings. Every rank calls it alike; all get the same."""
     memory = _memory(world)
-    read, read_how = _fastest(world, _reads(memory))
+    read, read_how = _fastest(world, _reads(world, memory))
     del memory
     product, product_how = _fastest(world, _products(world, config, dtype))
     reduction = None

@@ -11,11 +11,13 @@ from llama_dist.engine.plan import model_bytes, rank_weight_bytes, units_of
 from llama_dist.engine.session import Session
 from llama_dist.frontend.bench import limits as probes
 from llama_dist.frontend.bench.cost import Model, model_of
+from llama_dist.frontend.bench.device_profile import profile_device
 from llama_dist.frontend.bench.figures import Key, Sizes, best, figures_of
 from llama_dist.frontend.bench.machine import about, peak_device, peak_host, since_start
 from llama_dist.frontend.bench.results import Results
 from llama_dist.frontend.bench.step_profile import REDUCTIONS, timed
 from llama_dist.frontend.bench.work import MIXED_NEW, MIXED_PROMPTS, PREFILL, PROMPT, STEPS, WARM, Player, mixed_lengths
+from llama_dist.frontend.numbers import show_number
 from llama_dist.frontend.options import BenchOptions
 from llama_dist.parallel.control import collect
 
@@ -74,6 +76,12 @@ def session_model(session: Session) -> Model:
     return model_of(session.config, session.engine.model.norm.weight.itemsize, session.run.quantization)
 
 
+def show_count(n: int) -> str:
+    """1.24 B, 135 M, 148 k."""
+    size, unit = next(((size, unit) for size, unit in ((1e9, "B"), (1e6, "M")) if n >= size), (1e3, "k"))
+    return f"{show_number(n / size)} {unit}"
+
+
 def type_of(session: Session) -> str:
     """In which type the session computes, and how its weights are packed."""
     packed = f" with {session.run.quantization} weights" if session.run.quantization else ""
@@ -102,7 +110,7 @@ def measure(player: Player, options: BenchOptions) -> Results:
     found = best(readings)
     sizes = Sizes(rounds.contexts, mixed_lengths(), MIXED_NEW, 1 + 2 * config.n_layers, held_bytes(session))
     name = f"{Path(session.run.ckpt_dir).name}{', random weights' if options.shape else ''}"
-    size = f"{model_bytes(config, 1) / 1e9:.3g} B parameters"
+    size = f"{show_count(model_bytes(config, 1))} parameters"
     return Results(
         about(f"{name}, {config.family}, {size}", type_of(session), world),
         figures_of(measured, session_model(session), found, sizes),
@@ -130,11 +138,17 @@ def profile(player: Player) -> tuple[dict[int, dict[str, float]], float | None]:
         if player.no_room(batch, PROMPT + WARM + PROFILED + batch) is not None:
             continue
         player.decoding(batch)
-        with timed(player.session.engine.model) as clock:
-            player.steps(PROFILED)
+        shares[batch], seconds = _profile_steps(player)
         player.drop()
-        whole = sum(clock.seconds.values())
-        shares[batch] = {label: seconds / whole for label, seconds in clock.seconds.items()}
         if batch == 1 and player.session.world.mp_size > 1:
-            reductions = clock.seconds[REDUCTIONS] / PROFILED
+            reductions = seconds / PROFILED
     return shares, reductions
+
+
+def _profile_steps(player: Player) -> tuple[dict[str, float], float]:
+    if player.session.world.device.type == "cuda":
+        return profile_device(lambda: player.steps(PROFILED))
+    with timed(player.session.engine.model) as clock:
+        player.steps(PROFILED)
+    whole = sum(clock.seconds.values())
+    return {label: seconds / whole for label, seconds in clock.seconds.items()}, clock.seconds.get(REDUCTIONS, 0.0)
