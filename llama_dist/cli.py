@@ -19,13 +19,15 @@ COMMANDS: Mapping[str, type] = {
     "chat": options.ChatOptions,
     "batch": options.BatchOptions,
     "verify": options.VerifyOptions,
+    "bench": options.BenchOptions,
     "inspect": options.InspectOptions,
     "plan": options.PlanOptions,
     "convert": options.ConvertOptions,
+    "doctor": options.DoctorOptions,
 }
 """Each command has a module of its name in `frontend`, whose `prepare(options)` checks all and returns the work."""
 
-ON_RANKS = frozenset({"generate", "chat", "batch", "verify"})
+ON_RANKS = frozenset({"generate", "chat", "batch", "verify", "bench", "doctor"})
 """The commands that several ranks run together; the others are one process."""
 
 HELP_WORDS = ("--help", "-h", "help")

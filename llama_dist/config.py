@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llama_dist.errors import ConfigError
+from llama_dist.quant.scheme import QUANTIZATIONS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -80,6 +81,7 @@ class RunConfig:
     computed once.
     `model_parallel_size` None: all ranks hold one copy of the model together; smaller than the world: replicas.
     `units` None: 8, or the model-parallel size where that is larger. `timeout` in seconds bounds every collective.
+    `quantization`: how weights are packed while loading (quant/scheme.py); None: they stay in `dtype`.
     `check_every`: ticks between two comparisons of what the ranks sampled. `reproducible`: the same bits on any number
     of ranks, in any batch.
     """
@@ -95,6 +97,7 @@ class RunConfig:
     units: int | None = None
     seed: int = 1
     dtype: str = "auto"
+    quantization: str | None = None
     device: str = "auto"
     chat_format: str | None = None
     timeout: float = 120.0
@@ -114,6 +117,8 @@ class RunConfig:
             )
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype is {self.dtype!r}, must be one of {', '.join(DTYPES)}")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ConfigError(f"--quantization is {self.quantization!r}, must be one of {', '.join(QUANTIZATIONS)}")
         if self.device not in DEVICES:
             raise ConfigError(f"--device is {self.device!r}, must be one of {', '.join(DEVICES)}")
         if not self.timeout > 0:

@@ -52,15 +52,18 @@ class Llama:
         seed: int = RunConfig.seed,
         *,
         dtype: str = RunConfig.dtype,
+        quantization: str | None = None,
         device: str = RunConfig.device,
         chat_format: str | None = None,
+        reproducible: bool = RunConfig.reproducible,
     ) -> Llama:
         """Join the ranks torchrun or srun started and load the checkpoint in `ckpt_dir`.
 
         `max_seq_len` in tokens, prompt and answer together; more prompts than `max_batch_size` wait their turn.
-        `model_parallel_size` None: all ranks hold one copy together. Raises ConfigError or CheckpointError before any
-        rank is met. As with Meta's build, ranks above 0 print nothing to stdout from here on, so that a script's own
-        `print` says things once.
+        `model_parallel_size` None: all ranks hold one copy together. `quantization` "int8" or "int4" packs the weights
+        while they are loaded. `reproducible`: the same bits on any number of ranks, in any batch. Raises ConfigError or
+        CheckpointError before any rank is met. As with Meta's build, ranks above 0 print nothing to stdout from here
+        on, so that a script's own `print` says things once.
         """
         run = RunConfig(
             ckpt_dir=ckpt_dir,
@@ -70,8 +73,10 @@ class Llama:
             model_parallel_size=model_parallel_size,
             seed=seed,
             dtype=dtype,
+            quantization=quantization,
             device=device,
             chat_format=chat_format,
+            reproducible=reproducible,
         )
         session = open_session(run)
         if session.world.rank > 0:

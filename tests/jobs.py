@@ -115,24 +115,27 @@ def other_prompts(folder: str) -> str:
     return "no error"
 
 
-def bytes_held(folder: str) -> dict[str, int]:
+def weight_bytes(session: Session) -> int:
+    return sum(weight.nbytes for weight, _ in session.engine.model.weights().values())
+
+
+def bytes_held(folder: str, quantization: str | None = None) -> dict[str, int]:
     """Bytes of weights and of cache this rank allocated."""
-    session = open_for(Ask(folder, [], 0, {"max_batch_size": 2}))
-    model, cache = session.engine.model, session.engine.cache
+    session = open_for(Ask(folder, [], 0, {"max_batch_size": 2, "quantization": quantization}))
+    cache = session.engine.cache
     return {
-        "weights": sum(p.nbytes for p in model.parameters()),
+        "weights": weight_bytes(session),
         "cache": cache.n_bytes,
         "cache_tokens": cache.n_pages * cache.page_size,
     }
 
 
-def load_peak(folder: str) -> tuple[int, int]:
+def load_peak(folder: str, quantization: str | None = None) -> tuple[int, int]:
     """Bytes by which opening a session raised this process's peak memory, and bytes of the weights it then holds."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
     before = _status("VmRSS")
-    session = open_for(Ask(folder, [], 0))
-    held = sum(p.nbytes for p in session.engine.model.parameters())
-    return _status("VmHWM") - before, held
+    session = open_for(Ask(folder, [], 0, {"quantization": quantization}))
+    return _status("VmHWM") - before, weight_bytes(session)
 
 
 def _status(key: str) -> int:

@@ -170,6 +170,16 @@ class Nodes:
         """Pull the node's cable. Its own address stays, packets go nowhere."""
         _ip("-n", f"{self._tag}-hub", "link", "set", f"port{node}", "down")
 
+    def throttle(self, node: int, rate: str) -> None:
+        """What the node sends goes at `rate`, such as 40mbit. Skips where this kernel cannot do that."""
+        shape = ["qdisc", "add", "dev", "cable0", "root", "tbf", "rate", rate, "burst", "16k", "latency", "100ms"]
+        if subprocess.run(["tc", "-n", self.space(node), *shape], capture_output=True).returncode:
+            pytest.skip("this kernel throttles no links (tc tbf)")
+
+    def part(self, node: int, other: int) -> None:
+        """Packets of the node for the other one are dropped; both reach everybody else."""
+        _ip("-n", self.space(node), "route", "add", "blackhole", f"{self.address(other)}/32")
+
     def ended(self, node: int, within: float) -> float:
         """Seconds until no process of the node is left; fails beyond `within`."""
         began = time.monotonic()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from llama_dist import Llama
 from llama_dist.engine import numerics, session
 from llama_dist.errors import ConfigError
 from llama_dist.model import attention, transformer
@@ -43,6 +44,7 @@ def break_it(what: str) -> None:
     transformer.Transformer.lay_out = lambda self, cache: None  # type: ignore[method-assign]
     if what == "the order of a sum":  # rank after rank, as an all-reduce may take it
         layers.total = lambda nodes, values: functools.reduce(torch.add, values)
+        layers.shared.of = lambda group: None
     elif what == "the tiling of rows":
         layers.linear = F.linear
     elif what == "the borders of chunks":
@@ -54,7 +56,14 @@ def break_it(what: str) -> None:
 
 
 def every_way(
-    folder: str, dtype: str, ways: Sequence[str], n: int, vocab: int, threads: int, broken: str | None = None
+    folder: str,
+    dtype: str,
+    ways: Sequence[str],
+    n: int,
+    vocab: int,
+    threads: int,
+    broken: str | None = None,
+    quantization: str | None = None,
 ) -> dict[str, tuple[list[Row], int]]:
     """Rows of each way, and how often a sequence lost its pages in it."""
     torch.set_num_threads(threads)
@@ -62,8 +71,9 @@ def every_way(
         break_it(broken)
         session.refuse_unsteady = lambda model, world: None
     found = {}
+    usual = {"reproducible": True, "dtype": dtype, "max_seq_len": 96, "quantization": quantization}
     for way in ways:
-        run = Run({"reproducible": True, "dtype": dtype, "max_seq_len": 96, **WAYS[way].options}, WAYS[way].pages)
+        run = Run({**usual, **WAYS[way].options}, WAYS[way].pages)
         engine = engine_for(folder, run)
         torch.set_num_threads(threads)
         rows = answer_all(engine, prompts(n, vocab))
@@ -71,12 +81,19 @@ def every_way(
     return found
 
 
+def from_python(folder: str) -> Any:
+    """Ids and logprobs of `Llama.generate`."""
+    llama = Llama.build(folder, max_seq_len=96, dtype="bfloat16", device="cpu", reproducible=True)
+    ids = [p for p, _ in prompts(4, 200)]
+    return llama.generate(ids, 12, temperature=1.0, logprobs=True, echo=True)
+
+
 def refused(folder: str, what: str) -> str:
     """What is said at start-up where one thing is broken on the last rank."""
     launch = read_launch()
     if launch.rank == launch.size - 1:
         if what == "the product":
-            numerics.linear = F.linear
+            layers.linear = F.linear
         elif what == "attention":
             attention.pages.attend = attention.pages.attend_twin
         else:

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "llama_dist"
 MAX_LINES = 450
 
 FLOORS = {
-    **dict.fromkeys(("errors", "config", "request", "kernels"), 0),
-    **dict.fromkeys(("parallel", "text", "quant"), 1),
+    **dict.fromkeys(("errors", "config", "request", "kernels", "quant"), 0),
+    **dict.fromkeys(("parallel", "text"), 1),
     "model": 2,
     "checkpoint": 3,
     "engine": 4,
@@ -26,6 +26,7 @@ NO_TORCH = (
     "text/",
     "parallel/units.py",
     "engine/plan.py",
+    "quant/scheme.py",
     "engine/pages.py",
     "engine/scheduler.py",
     "frontend/batch/leases.py",

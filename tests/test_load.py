@@ -22,9 +22,17 @@ def test_peak_memory_of_a_rank(world: int) -> None:
         assert peak <= held + LARGEST + 300e6, f"peak {peak / MIB:.0f} MiB for a shard of {held / MIB:.0f} MiB"
 
 
-@pytest.mark.parametrize("world", [1, 2, 5])
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_peak_memory_while_packing(quantization: str) -> None:
+    """Packed weights beside the float32 table that rows are looked up in, and pieces: never the model in float32."""
+    [(peak, held)] = run_ranks(1, load_peak, str(assets.smollm2_gguf()), quantization)
+    assert held < LARGEST + 135e6 * {"int8": 1.05, "int4": 0.65}[quantization]
+    assert peak <= held + 300e6, f"peak {peak / MIB:.0f} MiB for a shard of {held / MIB:.0f} MiB"
+
+
+@pytest.mark.parametrize(("world", "quantization"), [(1, None), (2, None), (5, None), (1, "int8"), (3, "int4")])
 @pytest.mark.parametrize("case", ["llama-9-3", "llama-attention-bias", "llama-mlp-bias", "qwen3", "llama-tied"])
-def test_a_rank_holds_what_the_planner_says(checkpoint: Saver, case: str, world: int) -> None:
+def test_a_rank_holds_what_the_planner_says(checkpoint: Saver, case: str, world: int, quantization: str | None) -> None:
     from llama_dist.checkpoint.open import open_checkpoint
     from llama_dist.engine.plan import kv_bytes_per_token, rank_weight_bytes
     from llama_dist.parallel.units import cut_model, units_for
@@ -32,6 +40,6 @@ def test_a_rank_holds_what_the_planner_says(checkpoint: Saver, case: str, world:
     folder = checkpoint(case, "hf")
     config = open_checkpoint(folder).config
     units = cut_model(config.n_heads, config.n_kv_heads, config.hidden_dim, config.vocab_size, units_for(world, None))
-    ranks = run_ranks(world, bytes_held, str(folder))
-    assert [r["weights"] for r in ranks] == rank_weight_bytes(config, units, world, 4)
+    ranks = run_ranks(world, bytes_held, str(folder), quantization)
+    assert [r["weights"] for r in ranks] == rank_weight_bytes(config, units, world, 4, quantization)
     assert all(r["cache"] == r["cache_tokens"] * kv_bytes_per_token(config, units, world, 4) for r in ranks)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from llama_dist.engine.scheduler import Sequence
 from llama_dist.model.cache import PAGE_SIZE, Span, make_batch
 from llama_dist.model.transformer import Transformer
 from llama_dist.parallel.control import collect
+from llama_dist.parallel.layers import product
 from llama_dist.parallel.world import World
+from llama_dist.quant.packed import Packed
 
 CHUNK = 512  # tokens computed at a time: what fits beside a full cache
 
@@ -65,11 +66,10 @@ def find_fault(model: Transformer, world: World, sequence: Sequence) -> str:
 
 
 def _is_sound(module: nn.Module, x: torch.Tensor, embedding: nn.Module) -> bool:
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
+    weight: torch.Tensor | Packed = module.weight  # type: ignore[assignment]
     if module is not embedding:
-        return bool(F.linear(x, weight).isfinite().all())
+        return bool(product(x, weight, None, reproducible=False).isfinite().all())
     start = module.vocab_start_index
-    assert isinstance(start, int)
+    assert isinstance(start, int) and isinstance(weight, torch.Tensor)
     mine = x[(x >= start) & (x < start + len(weight))] - start
     return bool(weight[mine].isfinite().all())

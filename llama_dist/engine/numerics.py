@@ -16,11 +16,14 @@ from llama_dist.engine.sampler import log_softmax
 from llama_dist.kernels import attention as pages
 from llama_dist.kernels import triton_here
 from llama_dist.kernels.build import build_name
-from llama_dist.kernels.linear import compiled, linear, unit_sums
+from llama_dist.kernels.linear import compiled
 from llama_dist.kernels.steady import steady
 from llama_dist.kernels.tree import roots, total
 from llama_dist.model.transformer import Transformer
+from llama_dist.parallel import layers
 from llama_dist.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from llama_dist.quant.packed import Packed
+from llama_dist.quant.scheme import BLOCK
 
 COLUMNS = 1024  # of a weight, so that a large one takes no longer
 LOGITS = 5003  # odd, so that rows begin anywhere
@@ -29,15 +32,16 @@ CUTS = ((0, 1), (39, 40), (5, 7), (2, 5), (7, 14), (8, 24))
 """Rows that are computed by themselves as well."""
 
 
-def numeric_mode(dtype: torch.dtype, device: torch.device, n_units: int) -> str:
+def numeric_mode(dtype: torch.dtype, quantization: str | None, device: torch.device, n_units: int) -> str:
     """What the bits of a reproducible result depend on, beside the weights: one line."""
+    numbers = str(dtype).removeprefix("torch.") + (f" with {quantization} weights" if quantization else "")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     like, kernels = torch.empty(0, dtype=dtype, device=device), "torch's kernels"
     if compiled(like):
         kernels = build_name()
     elif triton_here.serves(like):
         kernels = triton_here.build_name()
-    return f"{str(dtype).removeprefix('torch.')} on {where}, {kernels}, {n_units} units, torch {torch.__version__}"
+    return f"{numbers} on {where}, {kernels}, {n_units} units, torch {torch.__version__}"
 
 
 def _numbers(*shape: int, like: torch.Tensor) -> torch.Tensor:
@@ -70,27 +74,34 @@ def _products(model: Transformer) -> Iterator[tuple[str, Any]]:
                 yield name, module
 
 
-def _column_fault(module: Any) -> bool:
-    weight = module.weight[:COLUMNS]
-    x = _numbers(ROWS, weight.shape[1], like=weight)
-    part = len(weight) // 3
-    cut = torch.equal(linear(x, weight)[:, part:], linear(x, weight[part:]))
-    return not (cut and _alike(lambda rows: linear(rows, weight), x))
-
-
-def _row_fault(module: Any) -> bool:
-    unit, n = module.unit, module.n_units
-    weight = module.weight[:COLUMNS, : n * unit]
-    x = _numbers(ROWS, n * unit, like=weight)
+def _column_fault(module: Any, like: torch.Tensor) -> bool:
+    weight = layers.rows_of(module.weight, 0, COLUMNS)
+    x = _numbers(ROWS, weight.shape[1], like=like)
+    part = weight.shape[0] // 3
+    part -= part % BLOCK if isinstance(weight, Packed) else 0
 
     def whole(rows: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = total(roots(0, n), list(unit_sums(rows, weight, unit, 0)))
+        return layers.product(rows, weight, None, reproducible=True)
+
+    rest = layers.product(x, layers.rows_of(weight, part, COLUMNS), None, reproducible=True)
+    return not (torch.equal(whole(x)[:, part:], rest) and _alike(whole, x))
+
+
+def _row_fault(module: Any, like: torch.Tensor) -> bool:
+    unit, n = module.unit, module.n_units
+    weight = layers.rows_of(module.units, 0, COLUMNS)
+    x = _numbers(ROWS, n * unit, like=like)
+
+    def sums(rows: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
+        part = layers.units_of(weight, unit, start, stop)
+        return list(layers.partial_sums(rows[:, start * unit : stop * unit], part, unit, start))
+
+    def whole(rows: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = total(roots(0, n), sums(rows, 0, n))
         return y
 
     at = n // 2
-    left = unit_sums(x[:, : at * unit], weight[:, : at * unit], unit, 0)
-    right = unit_sums(x[:, at * unit :], weight[:, at * unit :], unit, at)
-    cut: torch.Tensor = total(roots(0, at) + roots(at, n - at), [*left, *right])
+    cut: torch.Tensor = total(roots(0, at) + roots(at, n - at), [*sums(x, 0, at), *sums(x, at, n)])
     return not (torch.equal(whole(x), cut) and _alike(whole, x))
 
 
@@ -117,7 +128,7 @@ def find_unsteady(model: Transformer) -> str | None:
     for name, module in _products(model):
         fault = _column_fault if isinstance(module, ColumnParallelLinear) else _row_fault
         # A rank past the last unit has no columns to sum.
-        if module.weight.shape[1] and getattr(module, "n_units", 1) and fault(module):
+        if module.weight.shape[1] and getattr(module, "n_units", 1) and fault(module, weight):
             return f"the product of {name}"
     if _attention_fault(model):
         return "attention"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from llama_dist.config import ModelConfig
 from llama_dist.model.families import tensor_shapes
 from llama_dist.parallel.units import Units, cut_model, units_for
+from llama_dist.quant.scheme import QUANTIZATIONS, packed_bytes
 
 OVERHEAD = 10**9  # bytes a GPU loses to CUDA's context, communication buffers and the allocator's slack
 HOST_SLACK = 300 * 10**6  # bytes of host memory while loading, beyond the shard and one slice
@@ -80,9 +81,37 @@ def rank_shapes(config: ModelConfig, units: Units, rank: int, n_ranks: int) -> d
     return shapes
 
 
-def rank_weight_bytes(config: ModelConfig, units: Units, n_ranks: int, dtype_bytes: int) -> list[int]:
-    """Bytes of parameters that each rank allocates: alike on all, because the last ones hold zero units."""
-    return [dtype_bytes * sum(math.prod(s) for s in rank_shapes(config, units, 0, n_ranks).values())] * n_ranks
+def weight_sizes(
+    config: ModelConfig, units: Units, n_ranks: int, dtype_bytes: int, quantization: str | None = None
+) -> list[int]:
+    """Bytes of each weight on each rank: alike on all, because the last ones hold zero units.
+
+    With `quantization` those of products are packed, and a tied output is a copy.
+    """
+    shapes = rank_shapes(config, units, 0, n_ranks)
+    if quantization is None:
+        return [dtype_bytes * math.prod(shape) for shape in shapes.values()]
+    if config.tied_embeddings:
+        shapes["output.weight"] = shapes["tok_embeddings.weight"]
+    cuts = {"wo": units.heads.unit * config.head_dim, "w2": units.hidden.unit}
+    sizes = []
+    for name, shape in shapes.items():
+        layer = name.split(".")[-2]
+        if len(shape) == 2 and layer != "tok_embeddings":
+            unit = cuts.get(layer, shape[1])
+            schemes = QUANTIZATIONS[quantization]
+            scheme = schemes.output if layer == "output" else schemes.layers
+            sizes.append(packed_bytes(scheme, shape[0], unit, shape[1] // unit))
+        else:
+            sizes.append(dtype_bytes * math.prod(shape))
+    return sizes
+
+
+def rank_weight_bytes(
+    config: ModelConfig, units: Units, n_ranks: int, dtype_bytes: int, quantization: str | None = None
+) -> list[int]:
+    """Bytes of weights that each rank allocates."""
+    return [sum(weight_sizes(config, units, n_ranks, dtype_bytes, quantization))] * n_ranks
 
 
 def model_bytes(config: ModelConfig, dtype_bytes: int) -> int:
@@ -127,22 +156,26 @@ def activation_bytes(config: ModelConfig, units: Units, n_ranks: int, dtype_byte
     return load.forward_tokens * token + mask
 
 
-def rank_terms(config: ModelConfig, units: Units, n_ranks: int, dtype_bytes: int, load: Load) -> Terms:
+def rank_terms(
+    config: ModelConfig, units: Units, n_ranks: int, dtype_bytes: int, load: Load, quantization: str | None = None
+) -> Terms:
     """What each of `n_ranks` ranks needs for `load`."""
     return Terms(
-        weights=max(rank_weight_bytes(config, units, n_ranks, dtype_bytes)),
+        weights=max(rank_weight_bytes(config, units, n_ranks, dtype_bytes, quantization)),
         kv_cache=load.batch * load.length * kv_bytes_per_token(config, units, n_ranks, dtype_bytes),
         logits=logits_bytes(config, units, n_ranks, dtype_bytes, load),
         activations=activation_bytes(config, units, n_ranks, dtype_bytes, load),
     )
 
 
-def loading_peak(config: ModelConfig, units: Units, n_ranks: int, dtype_bytes: int) -> int:
+def loading_peak(
+    config: ModelConfig, units: Units, n_ranks: int, dtype_bytes: int, quantization: str | None = None
+) -> int:
     """The most host memory a rank takes while it loads on a CPU: its shard, its largest slice once more, and slack.
 
     With a GPU the shard lies there instead.
     """
-    sizes = [dtype_bytes * math.prod(shape) for shape in rank_shapes(config, units, 0, n_ranks).values()]
+    sizes = weight_sizes(config, units, n_ranks, dtype_bytes, quantization)
     return sum(sizes) + max(sizes) + HOST_SLACK
 
 

@@ -24,6 +24,7 @@ from llama_dist.engine.numerics import find_unsteady, numeric_mode
 from llama_dist.engine.pages import PageTable
 from llama_dist.engine.scheduler import Scheduler
 from llama_dist.errors import ConfigError, Halted
+from llama_dist.kernels.quantized import compiled
 from llama_dist.model.cache import PAGE_SIZE
 from llama_dist.model.transformer import Transformer
 from llama_dist.parallel.claims import meet
@@ -32,6 +33,7 @@ from llama_dist.parallel.launch import read_launch
 from llama_dist.parallel.layers import Part
 from llama_dist.parallel.units import cut_model, units_for
 from llama_dist.parallel.world import World, join, model_parallel_size, pick_device
+from llama_dist.quant.scheme import QUANTIZATIONS
 from llama_dist.request import Completion, Request
 from llama_dist.text.base import Tokenizer
 from llama_dist.text.load import find_tokenizer, load_tokenizer, tokenizer_from_gguf
@@ -90,15 +92,18 @@ def pick_dtype(run: RunConfig, reader: Reader, device: torch.device) -> torch.dt
     return torch.bfloat16 if quantised else info.dtype
 
 
-def check_run(run: RunConfig) -> Checked:
-    """Everything that headers and flags can tell. Raises ConfigError or CheckpointError; touches no other rank."""
+def check_run(run: RunConfig, reader: Reader | None = None, tokenizer: Tokenizer | None = None) -> Checked:
+    """Everything that headers and flags can tell. Raises ConfigError or CheckpointError; touches no other rank.
+
+    `reader` and `tokenizer`: in place of what lies at `ckpt_dir`.
+    """
     launch = read_launch()
     mp_size = model_parallel_size(run, launch)
     if run.units is not None and run.units < mp_size:
         raise ConfigError(f"--units {run.units} is less than {mp_size} model-parallel ranks; use {mp_size} or more")
     device = pick_device(run, launch)
-    reader = open_checkpoint(run.ckpt_dir)
-    tokenizer = read_tokenizer(run, reader)
+    reader = reader or open_checkpoint(run.ckpt_dir)
+    tokenizer = tokenizer or read_tokenizer(run, reader)
     config = reader.config
     if tokenizer.n_words > config.vocab_size:
         raise ConfigError(
@@ -117,7 +122,7 @@ def mode_of(run: RunConfig, checked: Checked) -> str | None:
         return None
     launch = read_launch()
     n_units = units_for(model_parallel_size(run, launch), run.units)
-    return numeric_mode(checked.dtype, pick_device(run, launch), n_units)
+    return numeric_mode(checked.dtype, run.quantization, pick_device(run, launch), n_units)
 
 
 def _identity(run: RunConfig, checked: Checked) -> dict[str, object]:
@@ -144,21 +149,25 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
         config.n_heads, config.n_kv_heads, config.hidden_dim, config.vocab_size, units_for(world.mp_size, run.units)
     )
     began = time.monotonic()
-    part = Part(world.mp_rank, world.mp_size, checked.dtype, world.device, run.reproducible)
+    packing = QUANTIZATIONS[run.quantization] if run.quantization else None
+    part = Part(world.mp_rank, world.mp_size, checked.dtype, world.device, run.reproducible, packing)
     model = Transformer(config, units, part)
     load(model, reader, progress=world.rank == 0, halted=halted)
     reader.close()
     log.info(
-        "%s: %s, %s on %d x %s, %d replica%s, loaded in %.1f s",
+        "%s: %s, %s%s on %d x %s, %d replica%s, loaded in %.1f s",
         Path(run.ckpt_dir).name,
         config.family,
         str(checked.dtype).removeprefix("torch."),
+        f" with {run.quantization} weights" if run.quantization else "",
         world.mp_size,
         world.device.type,
         world.n_replicas,
         "" if world.n_replicas == 1 else "s",
         time.monotonic() - began,
     )
+    if packing is not None and not compiled(model.norm.weight):
+        log.info("no kernel multiplies packed weights here: they are unpacked for every product, which is slow")
     meet(world, "loaded")  # the others' memory is counted when all have taken what they need
     if any(collect(world, halted())):
         raise Halted("told to stop while the model was loaded; run it again")

@@ -32,7 +32,8 @@ class Monitor:
 
     `total`: requests in the job, None where that is not known yet; may be set later. `started_done` of them, with
     `started_failed` errors among those, were answered by earlier runs. `log_every`: seconds between two lines in a log,
-    0 for none. `report`: a page to write at the end. ConfigError where that cannot work.
+    0 for none. `report`: a page to write at the end. `fingerprint`: what the results of a reproducible job carry.
+    ConfigError where the report cannot work.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class Monitor:
         started_done: int = 0,
         clock: Callable[[], float] = time.monotonic,
         started_failed: int = 0,
+        fingerprint: str | None = None,
     ) -> None:
         if report is not None:
             check_report(report)
         self.total = total
         self.status_path = status_path
         self.report = report
+        self.fingerprint = fingerprint
         self.started_done = self._found_done = started_done
         self.started_failed = started_failed
         self.tally = Tally()
@@ -113,7 +116,7 @@ class Monitor:
             if held:
                 self._lock.release()
         wall = self._clock() - self._began
-        summary = summarize(self.tally, state, message, self.total, self.started_done, wall)
+        summary = summarize(self.tally, state, message, self.total, self.started_done, wall, self.fingerprint)
         note(summary.text)
         if self.report is not None and not hurry:
             try:

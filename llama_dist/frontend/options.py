@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from llama_dist.config import RunConfig
 from llama_dist.errors import ConfigError
+from llama_dist.model.shapes import SHAPES
 from llama_dist.request import SamplingParams
 
 SHARED_HELP: Mapping[str, str] = {
@@ -28,6 +29,7 @@ SHARED_HELP: Mapping[str, str] = {
     "units": "pieces every parallel dimension is cut into; default: 8, or the ranks where more",
     "seed": "seed of the sampler; the same seed gives the same text on any number of ranks",
     "dtype": "type of weights and activations: auto, float32, bfloat16 or float16",
+    "quantization": "pack the weights while loading: int8 or int4; less memory, and faster answers on a CPU",
     "device": "auto, cpu or cuda",
     "chat_format": "chat format in place of the one found: see `inspect`",
     "timeout": "seconds a rank waits for the others before it gives up",
@@ -51,9 +53,12 @@ def option(help: str, parse: Callable[[str], Any] | None = None) -> dict[str, An
     return {"help": help, "parse": parse}
 
 
-def part(*names: str) -> dict[str, Any]:
-    """Metadata of a nested dataclass: the fields of it that become flags; none named: all."""
-    return {"names": names}
+def part(*names: str, instead: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Metadata of a nested dataclass: the fields of it that become flags; none named: all.
+
+    `instead`: of a required field, the command's own flag that may be given in its place.
+    """
+    return {"names": names, "instead": instead or {}}
 
 
 def parse_counts(text: str) -> tuple[int, ...]:
@@ -234,6 +239,95 @@ class VerifyOptions:
             raise ConfigError(f"--sample is {self.sample}, must be 1 or more")
 
 
+BENCH_WORK = ("decode", "prefill", "batch")
+
+
+def parse_words(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """A parser of `decode,batch`: some of the known words, in the order known."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        words = [word.strip() for word in text.split(",")]
+        if any(word not in known for word in words):
+            raise ValueError(f"must be some of {','.join(known)}")
+        return tuple(word for word in known if word in words)
+
+    return parse
+
+
+CONTENDERS = ("transformers", "llama.cpp", "vllm")
+
+
+def parse_contenders(text: str) -> tuple[str, ...]:
+    """`transformers,vllm=/venv/bin/python` to its items, each contender once."""
+    items = [item.strip() for item in text.split(",")]
+    names = [item.partition("=")[0] for item in items]
+    if any(name not in CONTENDERS for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"must be some of {','.join(CONTENDERS)}, each alone or as NAME=PYTHON")
+    return tuple(items)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """measures this machine's speed at a model, beside the limits of the hardware
+
+    Decoding, prefill and a mixed batch in interleaved rounds, start-up, memory and where the time of a step goes. The
+    table goes to stdout. What the model or the memory has no room for is left out, and named.
+    """
+
+    run: RunConfig = field(
+        metadata=part(
+            "ckpt_dir",
+            "tokenizer_path",
+            "max_seq_len",
+            "max_batch_tokens",
+            "kv_cache_memory",
+            "units",
+            "seed",
+            "dtype",
+            "quantization",
+            "device",
+            "timeout",
+            "check_every",
+            "reproducible",
+            "verbose",
+            instead={"ckpt_dir": "shape"},
+        )
+    )
+    shape: str | None = field(
+        default=None,
+        metadata=option(f"random weights of a published model's shape, in place of --ckpt_dir: {', '.join(SHAPES)}"),
+    )
+    work: tuple[str, ...] = field(
+        default=BENCH_WORK,
+        metadata=option(f"what to measure, of {','.join(BENCH_WORK)}", parse=parse_words(BENCH_WORK)),
+    )
+    repeats: int = field(default=3, metadata=option("rounds; the table has medians over them"))
+    json: str | None = field(default=None, metadata=option("a file for all figures, as JSON"))
+    plot: str | None = field(default=None, metadata=option("a PNG file for a picture of them"))
+    against: tuple[str, ...] = field(
+        default=(),
+        metadata=option(
+            f"others to do the same work in turn, fresh processes all: {','.join(CONTENDERS)}, each alone or as "
+            "NAME=PYTHON of a virtual environment that has it",
+            parse=parse_contenders,
+        ),
+    )
+    scale: bool = field(
+        default=False,
+        metadata=option("how cost grows with batch, context, ranks and lines of a file too; takes many minutes"),
+    )
+
+    def __post_init__(self) -> None:
+        if self.shape is not None and self.run.ckpt_dir != self.shape:
+            raise ConfigError("--ckpt_dir and --shape exclude each other; give one of them")
+        if self.shape is not None and self.shape not in SHAPES:
+            raise ConfigError(f"--shape is {self.shape!r}, must be one of {', '.join(SHAPES)}")
+        if self.repeats < 1:
+            raise ConfigError(f"--repeats is {self.repeats}, must be 1 or more")
+        if self.against and self.scale:
+            raise ConfigError("--against and --scale exclude each other; make two runs of it")
+
+
 @dataclass(frozen=True)
 class InspectOptions:
     """says what a checkpoint is
@@ -252,7 +346,7 @@ class PlanOptions:
     Needs no GPU and reads no weights. Sizes: GB is 10^9 bytes, GiB is 2^30. Exit code 2 when nothing fits.
     """
 
-    run: RunConfig = field(metadata=part("ckpt_dir", "max_seq_len", "max_batch_size", "dtype", "units"))
+    run: RunConfig = field(metadata=part("ckpt_dir", "max_seq_len", "max_batch_size", "dtype", "quantization", "units"))
     gpus: tuple[int, ...] = field(
         metadata=option("GPUs that share the model: 8, or several to compare: 1,2,4,8", parse=parse_counts)
     )
@@ -269,6 +363,44 @@ class PlanOptions:
                 f"--gpu_memory lists {len(self.gpu_memory)} sizes for --gpus {','.join(map(str, self.gpus))}; "
                 "give one size, or one for each GPU"
             )
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """finds what is wrong with ranks, hosts, network and files
+
+    Start it as the job will be started, on the same ranks. It names ranks that are missing, stopped, slow or different,
+    pairs that cannot connect or are slow, and folders that are not shared, in less than a minute. Exit code 1 where
+    something is wrong.
+    """
+
+    ckpt_dir: str | None = field(default=None, metadata=option(f"{SHARED_HELP['ckpt_dir']}; looked at on every rank"))
+    output_file: str | None = field(
+        default=None, metadata=option("where a job would write: one small file is put beside it and taken away again")
+    )
+    model_parallel_size: int | None = field(
+        default=RunConfig.model_parallel_size, metadata=option(SHARED_HELP["model_parallel_size"])
+    )
+    device: str = field(default=RunConfig.device, metadata=option(SHARED_HELP["device"]))
+    timeout: float = field(default=20.0, metadata=option("seconds to wait for ranks to start"))
+    json: bool = field(default=False, metadata=option("one JSON object"))
+    verbose: bool = field(default=RunConfig.verbose, metadata=option(SHARED_HELP["verbose"]))
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout < math.inf:
+            raise ConfigError(f"--timeout is {self.timeout}, must be more than 0 seconds")
+        if self.output_file in ("", "-"):
+            raise ConfigError(f"--output_file is {self.output_file!r}, must be a path")
+        assert self.run  # checks the rest
+
+    @property
+    def run(self) -> RunConfig:
+        return RunConfig(
+            self.ckpt_dir or "",
+            model_parallel_size=self.model_parallel_size,
+            device=self.device,
+            verbose=self.verbose,
+        )
 
 
 ConvertFormat = Literal["hf", "meta"]

@@ -56,21 +56,27 @@ class Plan:
 
 
 def make_plan(
-    config: ModelConfig, gpus: int, memory: int, load: Load, dtype_bytes: int, asked_units: int | None
+    config: ModelConfig,
+    gpus: int,
+    memory: int,
+    load: Load,
+    dtype_bytes: int,
+    asked_units: int | None,
+    quantization: str | None = None,
 ) -> Plan:
     """The plan for `gpus` of `memory` bytes each."""
     units = units_of(config, gpus, asked_units)
 
     def fits(batch: int, length: int) -> bool:
-        return rank_terms(config, units, gpus, dtype_bytes, load.resized(batch, length)).total <= memory
+        return rank_terms(config, units, gpus, dtype_bytes, load.resized(batch, length), quantization).total <= memory
 
     longest = max(load.length, config.max_position)
     return Plan(
         gpus,
         memory,
         load,
-        rank_terms(config, units, gpus, dtype_bytes, load),
-        loading_peak(config, units, gpus, dtype_bytes),
+        rank_terms(config, units, gpus, dtype_bytes, load, quantization),
+        loading_peak(config, units, gpus, dtype_bytes, quantization),
         waste(config, units, gpus),
         largest(lambda batch: fits(batch, load.length), MOST_BATCH),
         largest(lambda length: fits(load.batch, length), longest),
@@ -89,7 +95,8 @@ def prepare(options: PlanOptions) -> Callable[[], int]:
     length = run.max_seq_len or min(reader.config.max_position, DEFAULT_SEQ_LEN)
     load = Load(run.max_batch_size, length, run.tick_tokens, LOGIT_ROWS)
     plans = [
-        make_plan(reader.config, n, min(options.gpu_memory), load, dtype.itemsize, run.units) for n in options.gpus
+        make_plan(reader.config, n, min(options.gpu_memory), load, dtype.itemsize, run.units, run.quantization)
+        for n in options.gpus
     ]
     return lambda: show(options, reader.config, plans, str(dtype).removeprefix("torch."), dtype.itemsize)
 
@@ -103,7 +110,7 @@ def show(options: PlanOptions, config: ModelConfig, plans: Sequence[Plan], dtype
     else:
         output.write(text_of(options, config, plans, dtype))
     if all(plan.best is None for plan in plans):
-        raise ConfigError(why_not(config, plans[-1], dtype_bytes, options.run.units))
+        raise ConfigError(why_not(config, plans[-1], dtype_bytes, options.run.units, options.run.quantization))
     return output.exit_code
 
 
@@ -121,6 +128,8 @@ def command(plan: Plan, options: PlanOptions) -> str | None:
     words += ["--max_seq_len", str(plan.best.length), "--max_batch_size", str(plan.best.batch)]
     if options.run.dtype != "auto":
         words += ["--dtype", options.run.dtype]
+    if options.run.quantization is not None:
+        words += ["--quantization", options.run.quantization]
     if options.run.units is not None:
         words += ["--units", str(options.run.units)]
     return shlex.join(words) + ' --prompt "..."'
@@ -131,10 +140,12 @@ def term_name(field: str) -> str:
     return field.replace("kv", "KV").replace("_", " ")
 
 
-def why_not(config: ModelConfig, plan: Plan, dtype_bytes: int, asked_units: int | None) -> str:
+def why_not(
+    config: ModelConfig, plan: Plan, dtype_bytes: int, asked_units: int | None, quantization: str | None = None
+) -> str:
     """One line: the largest term of the smallest run, what is missing, and what would do."""
     units = units_of(config, plan.gpus, asked_units)
-    terms = rank_terms(config, units, plan.gpus, dtype_bytes, replace(plan.load, batch=1, length=1))
+    terms = rank_terms(config, units, plan.gpus, dtype_bytes, replace(plan.load, batch=1, length=1), quantization)
     name = max((f.name for f in fields(terms)), key=lambda name: int(getattr(terms, name)))
     text = (
         f"nothing fits: on {plan.gpus} GPU{'' if plan.gpus == 1 else 's'} even one sequence of one token takes "
@@ -143,10 +154,11 @@ def why_not(config: ModelConfig, plan: Plan, dtype_bytes: int, asked_units: int 
         f"{show_bytes(int(getattr(terms, name)))}"
     )
     for n in range(plan.gpus + 1, min(MOST_GPUS, asked_units or MOST_GPUS) + 1):
-        more = rank_terms(config, units_of(config, n, asked_units), n, dtype_bytes, replace(plan.load, batch=1))
+        cut = units_of(config, n, asked_units)
+        more = rank_terms(config, cut, n, dtype_bytes, replace(plan.load, batch=1), quantization)
         if more.total <= plan.memory:
             return f"{text}; {n} GPUs would do"
-    return f"{text}; use larger GPUs or a smaller --dtype"
+    return f"{text}; use larger GPUs, a smaller --dtype or --quantization int4"
 
 
 def as_json(plan: Plan, options: PlanOptions, dtype: str) -> dict[str, Any]:
@@ -155,6 +167,7 @@ def as_json(plan: Plan, options: PlanOptions, dtype: str) -> dict[str, Any]:
         "gpus": plan.gpus,
         "gpu_memory": plan.memory,
         "dtype": dtype,
+        "quantization": options.run.quantization,
         "max_batch_size": plan.load.batch,
         "max_seq_len": plan.load.length,
         "fits": plan.fits,
@@ -171,6 +184,7 @@ def as_json(plan: Plan, options: PlanOptions, dtype: str) -> dict[str, Any]:
 def text_of(options: PlanOptions, config: ModelConfig, plans: Sequence[Plan], dtype: str) -> str:
     """A column for each number of GPUs, then the commands."""
     load, memory = plans[0].load, plans[0].memory
+    weights = f" with {options.run.quantization} weights" if options.run.quantization else ""
     rows: list[tuple[str, list[str]]] = [("GPUs", [str(p.gpus) for p in plans])]
     for field in fields(Terms):
         rows.append((term_name(field.name), [show_bytes(getattr(p.terms, field.name)) for p in plans]))
@@ -186,7 +200,7 @@ def text_of(options: PlanOptions, config: ModelConfig, plans: Sequence[Plan], dt
     names = max(len(name) for name, _ in rows)
     widths = [max(len(values[i]) for _, values in rows) for i in range(len(plans))]
     lines = [
-        f"{config.family}, {dtype}, batch {load.batch} x {load.length} tokens, {show_bytes(memory)} a GPU",
+        f"{config.family}, {dtype}{weights}, batch {load.batch} x {load.length} tokens, {show_bytes(memory)} a GPU",
         "",
     ]
     for name, values in rows:

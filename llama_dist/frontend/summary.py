@@ -32,8 +32,19 @@ class Summary:
         return "\n".join([*lines, f"({self.note})"])
 
 
-def summarize(tally: Tally, state: str, message: str | None, total: int | None, before: int, wall: float) -> Summary:
-    """The table of a job of `total` requests, `before` of them answered by earlier runs, after `wall` seconds."""
+def summarize(
+    tally: Tally,
+    state: str,
+    message: str | None,
+    total: int | None,
+    before: int,
+    wall: float,
+    fingerprint: str | None = None,
+) -> Summary:
+    """The table of a job of `total` requests, `before` of them answered by earlier runs, after `wall` seconds.
+
+    `fingerprint`: what each result of a reproducible job carries.
+    """
     stats, overall = tally.stats, tally.overall
     good = tally.done - tally.failed
     seen = stats.prompt_tokens + stats.cached_tokens
@@ -59,6 +70,7 @@ def summarize(tally: Tally, state: str, message: str | None, total: int | None, 
         ("KV cache", f"mean {show_share(overall.kv)}, fullest {show_share(tally.fullest)}"),
         ("preemptions", f"{stats.preemptions:,}"),
     ]
+    rows += [("system fingerprint", fingerprint)] if fingerprint is not None else []
     return Summary(
         tuple(rows),
         ("min", *(f"p{percent}" for percent in PERCENTS), "max"),

@@ -84,7 +84,7 @@ def prepare(options: VerifyOptions) -> Callable[[], int]:
 
 def _settings(stored: dict[str, Any]) -> dict[str, Any]:
     """The job's own flags, which decide its results."""
-    names = ("seed", "max_seq_len", "dtype", "chat_format")
+    names = ("seed", "max_seq_len", "dtype", "quantization", "chat_format")
     return {name: stored[f"--{name}"] for name in names}
 
 

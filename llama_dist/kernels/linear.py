@@ -18,7 +18,7 @@ from llama_dist.kernels import build, triton_here
 from llama_dist.kernels.tree import merge, roots
 
 AVX512_BF16 = 2  # what the kernels call a processor that multiplies bfloat16 itself
-WIDENED = 2**19  # weights widened at a time: what stays in a cache
+WIDENED = 2**20  # weights widened at a time: what stays in a cache
 ROWS = 16  # torch's product gets a multiple of so many rows: its kernels differ for fewer
 
 
@@ -38,7 +38,7 @@ def few_rows(dtype: torch.dtype) -> int:
     """Up to so many rows the C++ kernel is the faster product on this processor, beyond it torch's is."""
     instructions = build.function("instructions")()
     if dtype == torch.bfloat16:
-        return 16 if instructions == AVX512_BF16 else 96  # torch has no good product of bfloat16 then
+        return 16 if instructions == AVX512_BF16 else 64  # torch has no good product of bfloat16 then
     return 16 if instructions else 32
 
 

@@ -9,22 +9,24 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable, Sequence
-from ctypes import c_char_p, c_int, c_int64
+from ctypes import byref, c_char_p, c_int, c_int64, c_void_p
 from typing import Any
 
 import torch
 
-from llama_dist.kernels import build
+from llama_dist.kernels import build, quantized
 from llama_dist.kernels.tree import Node
+from llama_dist.quant.packed import Packed
 
-NORM, LINEAR, ROPE, ATTEND, GATE, PLANES = range(6)  # as in program.h
+KINDS = 9
+NORM, LINEAR, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES = range(KINDS)  # as in program.h
 OP = struct.Struct("=16q")
-STEP = struct.Struct("=11q")
+STEP = struct.Struct("=12q")
 
 
 @functools.cache
 def _compiled() -> Any:
-    return build.function("program", c_char_p, c_int64, c_char_p, c_int)
+    return build.function("program", c_char_p, c_int64, c_char_p, c_int, c_void_p)
 
 
 def compiled() -> bool:
@@ -32,14 +34,26 @@ def compiled() -> bool:
     return _compiled() is not None
 
 
+@functools.cache
+def pack(nodes: tuple[tuple[Node, ...], ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many nodes of the tree each rank has [ranks], and all of them [n, 2] in order of ranks, as C++ reads them."""
+    counts = torch.tensor([len(mine) for mine in nodes])
+    return counts, torch.tensor([node for mine in nodes for node in mine])
+
+
 class Program:
-    """Operations in order, for up to `most` rows of `dtype` (bfloat16 or float32), on the CPU."""
+    """Operations in order, for up to `most` rows of `dtype` (bfloat16 or float32), on the CPU.
+
+    `seconds`, where there is one, float64 [KINDS]: what the operations of each kind take is added to it.
+    """
 
     def __init__(self, most: int, dtype: torch.dtype) -> None:
         self.most, self.dtype = most, dtype
         self._parts: list[bytearray | Callable[[int], None]] = []
         self._rows: dict[str, torch.Tensor] = {}
         self._held: list[torch.Tensor] = []
+        self.seconds: torch.Tensor | None = None
+        self._lost: Callable[[int], Exception] | None = None
 
     def rows(self, name: str, width: int, planes: int = 0) -> torch.Tensor:
         """The tensor [most, width] of that name, to hand rows on; or planes [planes, most, width] of float32.
@@ -85,15 +99,24 @@ class Program:
         bits = int.from_bytes(struct.pack("=f", eps), "little")
         self._add(NORM, x, x.stride(0), y, y.stride(0), total, weight, out, out.stride(0), 1, bits, x.shape[1])
 
-    def linear(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    def linear(self, x: torch.Tensor, w: torch.Tensor | Packed, bias: torch.Tensor | None, y: torch.Tensor) -> None:
         """y = x W^T + bias."""
+        if isinstance(w, Packed):
+            return self._packed(x, w, bias, y, y.stride(0), 0, 0, w.rows, quantized.WHOLE)
         k = x.shape[1]
         self._add(LINEAR, x, x.stride(0), w, w.stride(0), bias, y, y.stride(0), 0, 0, w.shape[0], k, max(1, k), 0)
 
-    def unit_sums(self, x: torch.Tensor, w: torch.Tensor, unit: int, first: int, planes: torch.Tensor) -> None:
+    def unit_sums(self, x: torch.Tensor, w: torch.Tensor | Packed, unit: int, first: int, planes: torch.Tensor) -> None:
         """planes [roots, most, N] float32: the partial products by unit, as `kernels.linear.unit_sums` has them."""
+        if isinstance(w, Packed):
+            return self._packed(x, w, None, planes, planes.stride(1), planes.stride(0), 1, w.rows, first)
         sizes = (planes.stride(1), planes.stride(0), 1, w.shape[0], x.shape[1], unit, first)
         self._add(LINEAR, x, x.stride(0), w, w.stride(0), None, planes, *sizes)
+
+    def _packed(self, x: torch.Tensor, w: Packed, bias: torch.Tensor | None, y: torch.Tensor, *rest: int) -> None:
+        where = torch.frombuffer(bytearray(quantized.describe(w)), dtype=torch.int64)
+        self._held += w.parts
+        self._add(PACKED, x, x.stride(0), where, bias, y, *rest)
 
     def add_planes(self, planes: torch.Tensor, nodes: Sequence[Node], y: torch.Tensor) -> None:
         """y = the planes' sum in the tree, `nodes` being what each of them holds (`kernels.tree.total`)."""
@@ -123,6 +146,28 @@ class Program:
         """out = silu(a) * b, packed."""
         self._add(GATE, a, a.stride(0), b, b.stride(0), out, out.shape[1])
 
+    def shared_sum(self, x: torch.Tensor, segment: int, rank: int, lost: Callable[[int], Exception]) -> None:
+        """x, packed, becomes the sum over the ranks that share the segment at that address (shared.h).
+
+        Where it fails `run` raises what `lost` makes of its fault.
+        """
+        self._lost = lost
+        self._add(SHARED_SUM, segment, rank, x, x.shape[1])
+
+    def shared_planes(
+        self,
+        planes: torch.Tensor,
+        nodes: tuple[tuple[Node, ...], ...],
+        y: torch.Tensor,
+        segment: int,
+        rank: int,
+        lost: Callable[[int], Exception],
+    ) -> None:
+        """y, packed, becomes the sum of all ranks' planes in the tree; each rank's are its own `nodes`."""
+        self._lost = lost
+        counts, packed = pack(nodes)
+        self._add(SHARED_PLANES, segment, rank, planes, planes.stride(0), counts, packed, y, y.shape[1])
+
     def run(
         self,
         n: int,
@@ -137,14 +182,18 @@ class Program:
         """Compute all of it for `n` rows; tensors are as in `rope_write` and `attend`. IndexError outside the cache."""
         assert n <= self.most, f"{n} rows, room for {self.most}"
         small = (slots, tables, starts, lengths, cos, sin)
-        step = STEP.pack(
-            self.dtype == torch.bfloat16, n, len(starts), tables.shape[1], n_slots, *[t.data_ptr() for t in small]
-        )
+        seconds = 0 if self.seconds is None else self.seconds.data_ptr()
+        where = [t.data_ptr() for t in small]
+        step = STEP.pack(self.dtype == torch.bfloat16, n, len(starts), tables.shape[1], n_slots, *where, seconds)
         for part in self._parts:
             if not isinstance(part, bytearray):
                 part(n)
                 continue
-            fault = _compiled()(bytes(part), len(part) // OP.size, step, torch.get_num_threads())
+            lost = c_int(0)
+            fault = _compiled()(bytes(part), len(part) // OP.size, step, torch.get_num_threads(), byref(lost))
+            if lost.value:
+                assert self._lost is not None
+                raise self._lost(lost.value)
             if fault:
                 what = f"span {fault - 1} has pages" if fault > 0 else f"token {-fault - 1} has a slot"
                 raise IndexError(f"{what} outside the cache, which has {n_slots} slots")

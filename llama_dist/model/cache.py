@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,10 +40,15 @@ class Batch:
     lengths: torch.Tensor  # [n]
     slots: torch.Tensor  # [n]
     spans: tuple[Span, ...]
-    places: tuple[int | torch.Tensor, ...]
     tables: torch.Tensor  # [spans, pages] int32: the pages of each span's sequence
     starts: torch.Tensor  # [spans] int32; so too how many tokens each span has
     counts: torch.Tensor
+    page_size: int
+
+    @functools.cached_property
+    def places(self) -> tuple[int | torch.Tensor, ...]:
+        """Made when first asked for: attention in C++ and Triton reads by `tables`."""
+        return tuple(_place(span, self.page_size, self.tokens.device) for span in self.spans)
 
 
 def _place(span: Span, page_size: int, device: torch.device) -> int | torch.Tensor:
@@ -68,14 +74,13 @@ def make_batch(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device,
         slots.extend(span.pages[p // page_size] * page_size + p % page_size for p in places)
     packed = torch.tensor([tokens, positions, lengths, slots], dtype=torch.int64).to(device)
     spans = tuple(span for span, _ in rows)
-    where = tuple(_place(span, page_size, device) for span in spans)
     held = [span.pages[: -(-span.stop // page_size)] for span in spans]
     most = max((len(pages) for pages in held), default=0)
     tables = torch.tensor([[*pages, *[0] * (most - len(pages))] for pages in held], dtype=torch.int32)
     starts = torch.tensor([span.start for span in spans], dtype=torch.int32)
     counts = torch.tensor([span.length for span in spans], dtype=torch.int32)
     on_device = [t.to(device) for t in (tables, starts, counts)]
-    return Batch(packed[0], packed[1], packed[2], packed[3], spans, where, *on_device)
+    return Batch(packed[0], packed[1], packed[2], packed[3], spans, *on_device, page_size)
 
 
 class KVCache:

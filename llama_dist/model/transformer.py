@@ -18,6 +18,7 @@ from llama_dist.model.rope import Rope
 from llama_dist.parallel.layers import (
     ColumnParallelLinear,
     FusedColumns,
+    OutputLinear,
     Part,
     Placement,
     RowParallelLinear,
@@ -25,6 +26,7 @@ from llama_dist.parallel.layers import (
     gather,
 )
 from llama_dist.parallel.units import Units
+from llama_dist.quant.packed import Packed
 
 MOST = 64  # rows of a program, where any number could be: beyond, a call an operation costs next to nothing
 
@@ -82,20 +84,26 @@ class Transformer(nn.Module):
         self.tok_embeddings = VocabParallelEmbedding(vocab, config.dim, part)
         self.layers = nn.ModuleList(Block(config, layer, units, part) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps, part)
-        self.output = ColumnParallelLinear(config.dim, vocab, part, bias=False)
-        if config.tied_embeddings:
-            self.output.weight = self.tok_embeddings.weight
+        self.output = OutputLinear(config.dim, vocab, part, bias=False)
+        if config.tied_embeddings and part.quantization is None:
+            self.output.weight = self.tok_embeddings.weight  # packed, the output is a copy: rows are looked up unpacked
         self.rope = Rope(config, part.device)
         self.reproducible = part.reproducible
         self.program: tuple[KVCache, Program] | None = None
 
-    def placements(self) -> dict[str, Placement]:
-        """For each parameter, by its logical name, the part of the logical tensor it holds."""
-        found = {}
+    def weights(self) -> dict[str, tuple[torch.Tensor | Packed, Placement]]:
+        """By its logical name each weight, and the part of the logical tensor that it holds; a shared one once."""
+        found: dict[str, tuple[torch.Tensor | Packed, Placement]] = {}
+        seen = set()
         for prefix, module in self.named_modules():
-            placed = getattr(module, "placements", {}) if module is not self else {}
-            for name, _ in module.named_parameters(recurse=False):
-                found[f"{prefix}.{name}"] = placed.get(name, Placement())
+            placed = getattr(module, "placements", {})
+            held: dict[str, torch.Tensor | Packed] = dict(module.named_parameters(recurse=False))
+            if placed and isinstance(module.weight, Packed):
+                held["weight"] = module.weight
+            for name, weight in held.items():
+                if id(weight) not in seen:
+                    seen.add(id(weight))
+                    found[f"{prefix}.{name}"] = weight, placed.get(name, Placement())
         return found
 
     @property
@@ -120,12 +128,13 @@ class Transformer(nn.Module):
         """Have batches of few tokens over this cache run as one program from now on, where the kernels serve.
 
         Its bits are those of the layers called one by one. Few: as many as the kernels are the fastest for; MOST where
-        they serve any number.
+        they serve any number: for reproducible sums and packed weights.
         """
         weight = self.norm.weight
         if not (compiled(weight) and programs.compiled() and compiled_for(cache.layers[0])):
             return
-        most = MOST if self.reproducible else few_rows(weight.dtype)
+        any_number = self.reproducible or isinstance(self.output.weight, Packed)
+        most = MOST if any_number else few_rows(weight.dtype)
         program = Program(most, weight.dtype)
         x, normed = program.rows("x", self.config.dim), program.rows("normed", self.config.dim)
         layers: list[Block] = list(self.layers)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Small messages between ranks: JSON bytes as tensors over gloo, length first. No pickle.
+"""Small messages between ranks: JSON bytes, in shared memory or as tensors over gloo, length first. No pickle.
 
 `share` one rank's messages to all, `agree` that all hold the same value, `collect` each rank's value everywhere,
 `check` a digest of what the ranks of a replica computed. Every rank of the group must call them in the same order.
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from llama_dist.errors import DesyncError, PeerLost
+from llama_dist.parallel import shared
 from llama_dist.parallel.world import Channel, World
 
 FRAME = 4096  # bytes of the first broadcast: 8 of length, then the message if it fits, so most ticks need one
@@ -38,42 +39,53 @@ def share(world: World, messages: list[Any] | None, channel: Channel | None = No
     if len(channel.ranks) == 1:
         assert messages is not None
         return messages
+    speaks = channel.rank == 0
+    assert not speaks or messages is not None
+    mine = json.dumps(messages).encode() if speaks else b""
+    memory = shared.of(channel.group)
+    body = _broadcast(mine, channel) if memory is None else memory.exchange(mine, "sharing a message")[0]
+    result = json.loads(body)
+    assert isinstance(result, list), f"shared {type(result).__name__}, not a list"
+    return result
+
+
+def _broadcast(body: bytes, channel: Channel) -> bytes:
+    """The first rank's `body`, over gloo."""
     frame = torch.zeros(FRAME, dtype=torch.uint8)
-    body = b""
     if channel.rank == 0:
-        assert messages is not None
-        body = json.dumps(messages).encode()
         head = len(body).to_bytes(8, "little") + body[: FRAME - 8]
         frame[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
     guarded("sharing a message", lambda: dist.broadcast(frame, channel.ranks[0], group=channel.group))
     raw = _bytes(frame)
     length = int.from_bytes(raw[:8], "little")
     if length <= FRAME - 8:
-        body = raw[8 : 8 + length]
-    else:
-        rest = torch.frombuffer(bytearray(body), dtype=torch.uint8) if body else torch.empty(length, dtype=torch.uint8)
-        guarded("sharing a message", lambda: dist.broadcast(rest, channel.ranks[0], group=channel.group))
-        body = _bytes(rest)
-    result = json.loads(body)
-    assert isinstance(result, list), f"shared {type(result).__name__}, not a list"
-    return result
+        return raw[8 : 8 + length]
+    rest = torch.frombuffer(bytearray(body), dtype=torch.uint8) if body else torch.empty(length, dtype=torch.uint8)
+    guarded("sharing a message", lambda: dist.broadcast(rest, channel.ranks[0], group=channel.group))
+    return _bytes(rest)
 
 
 def collect(world: World, value: Any, channel: Channel | None = None) -> list[Any]:
     """Each rank's `value` (JSON), in rank order, on every rank of the channel."""
     channel = channel or world.everyone
-    n = len(channel.ranks)
-    if n == 1:
+    if len(channel.ranks) == 1:
         return [value]
-    body = json.dumps(value).encode()
-    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(n)]
+    mine = json.dumps(value).encode()
+    memory = shared.of(channel.group)
+    bodies = _all_gather(mine, channel) if memory is None else memory.exchange(mine, "collecting a message")
+    return [json.loads(body) for body in bodies]
+
+
+def _all_gather(body: bytes, channel: Channel) -> list[bytes]:
+    """Each rank's `body`, filled up with spaces to the longest, over gloo."""
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in channel.ranks]
     mine = torch.tensor([len(body)])
     guarded("collecting a message", lambda: dist.all_gather(lengths, mine, group=channel.group))
     longest = max(int(x) for x in lengths)
     padded = torch.frombuffer(bytearray(body.ljust(longest)), dtype=torch.uint8)
-    bodies = [torch.empty(longest, dtype=torch.uint8) for _ in range(n)]
+    bodies = [torch.empty(longest, dtype=torch.uint8) for _ in channel.ranks]
     guarded("collecting a message", lambda: dist.all_gather(bodies, padded, group=channel.group))
-    return [json.loads(_bytes(b)) for b in bodies]
+    return [_bytes(b) for b in bodies]
 
 
 def claim(world: World, name: str) -> int:
@@ -105,13 +117,7 @@ def agree(world: World, value: Any, what: str) -> None:
 def check(world: World, digest: int, what: str) -> None:
     """Compare a digest (63 bits) of what the ranks of this replica computed. DesyncError names who differs."""
     channel = world.replica_channel
-    n = len(channel.ranks)
-    if n == 1:
-        return
-    digests = [torch.zeros(1, dtype=torch.int64) for _ in range(n)]
-    mine = torch.tensor([digest])
-    guarded("comparing digests", lambda: dist.all_gather(digests, mine, group=channel.group))
-    odd, _, _ = _odd_ones([int(x) for x in digests])
+    odd, _, _ = _odd_ones(collect(world, digest, channel))
     if odd:
         ranks = ", ".join(str(channel.ranks[i]) for i in odd)
         raise DesyncError(f"rank {ranks} differs from the others in {what}; check that all hosts run alike")

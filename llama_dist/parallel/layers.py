@@ -21,19 +21,32 @@ from torch import nn
 from llama_dist.kernels.linear import fastest, linear, unit_sums
 from llama_dist.kernels.program import Program
 from llama_dist.kernels.tree import Node, roots, total
+from llama_dist.parallel import shared
 from llama_dist.parallel.control import guarded
 from llama_dist.parallel.units import Cut, Slice
+from llama_dist.quant import product as packed_product
+from llama_dist.quant.packed import Packed, empty, together
+from llama_dist.quant.scheme import BLOCK, Quantization, Scheme
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a rank makes of a model: part `rank` of `n_ranks`. `reproducible`: no sum depends on `n_ranks`."""
+    """What a rank makes of a model: part `rank` of `n_ranks`. `reproducible`: no sum depends on `n_ranks`.
+
+    `quantization`: how the weights of products are packed; None: they are of `dtype`.
+    """
 
     rank: int
     n_ranks: int
     dtype: torch.dtype
     device: torch.device
     reproducible: bool = False
+    quantization: Quantization | None = None
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How the weights of the layers are packed."""
+        return None if self.quantization is None else self.quantization.layers
 
 
 @dataclass(frozen=True)
@@ -49,10 +62,20 @@ def _parameter(part: Part, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=part.dtype, device=part.device), requires_grad=False)
 
 
+def _weight(part: Part, scheme: Scheme | None, rows: int, unit: int, n_units: int = 1) -> nn.Parameter | Packed:
+    """Room for a weight [rows, n_units * unit] that is multiplied with."""
+    if scheme is None:
+        return _parameter(part, rows, n_units * unit)
+    return empty(scheme, rows, unit, n_units, part.device)
+
+
 def reduce(x: torch.Tensor) -> torch.Tensor:
     """Sum over the model-parallel ranks, in place."""
     group = fs.get_model_parallel_group()
-    if fs.get_model_parallel_world_size() > 1:
+    memory = shared.of(group)
+    if memory is not None and x.dtype in shared.SUMMED:
+        memory.sum(x)
+    elif fs.get_model_parallel_world_size() > 1:
         guarded("a reduction", lambda: dist.all_reduce(x, group=group))
     return x
 
@@ -64,30 +87,53 @@ def gather(x: torch.Tensor) -> torch.Tensor:
         return x
     group = fs.get_model_parallel_group()
     x = x.contiguous()
+    memory = shared.of(group)
+    if memory is not None:
+        return memory.gather(x)
     parts = [torch.empty_like(x) for _ in range(n_ranks)]
     guarded("a gather", lambda: dist.all_gather(parts, x, group=group))
     return torch.cat(parts, dim=-1)
 
 
-def total_of_ranks(sums: torch.Tensor, nodes: Sequence[Sequence[Node]]) -> torch.Tensor:
+def total_of_ranks(sums: torch.Tensor, nodes: tuple[tuple[Node, ...], ...]) -> torch.Tensor:
     """Each rank's sums [roots, n, features] at its own `nodes` of the tree -> the whole sum [n, features], on all."""
     y: torch.Tensor
     if len(nodes) == 1:
         y = total(nodes[0], list(sums))
         return y
+    group = fs.get_model_parallel_group()
+    memory = shared.of(group)
+    if memory is not None:
+        return memory.sum_planes(sums.contiguous(), nodes)
     most = max(len(mine) for mine in nodes)
     padded = F.pad(sums, (0, 0, 0, 0, 0, most - len(sums)))
     parts = [torch.empty_like(padded) for _ in nodes]
-    group = fs.get_model_parallel_group()
     guarded("a reduction by unit", lambda: dist.all_gather(parts, padded, group=group))
     held = [value for part, mine in zip(parts, nodes, strict=True) for value in part[: len(mine)]]
     y = total([node for mine in nodes for node in mine], held)
     return y
 
 
-def product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, reproducible: bool) -> torch.Tensor:
+def product(x: torch.Tensor, w: torch.Tensor | Packed, bias: torch.Tensor | None, reproducible: bool) -> torch.Tensor:
     """x [n, k] times w [m, k] transposed: by the kernel whose rows keep their bits where it must be, or the fastest."""
+    if isinstance(w, Packed):
+        return packed_product.linear(x, w, bias)
     return linear(x, w, bias) if reproducible else fastest(x, w, bias)
+
+
+def partial_sums(x: torch.Tensor, w: torch.Tensor | Packed, unit: int, first: int) -> torch.Tensor:
+    """Partial products by unit, added up to the roots of this run of units, the first being number `first`."""
+    return packed_product.unit_sums(x, w, first) if isinstance(w, Packed) else unit_sums(x, w, unit, first)
+
+
+def rows_of(w: torch.Tensor | Packed, start: int, stop: int) -> torch.Tensor | Packed:
+    """Some rows of a weight, a view; `start` and `stop` are multiples of 16, or `stop` lies past the end."""
+    return w.blocks(start // BLOCK, -(-stop // BLOCK)) if isinstance(w, Packed) else w[start:stop]
+
+
+def units_of(w: torch.Tensor | Packed, unit: int, start: int, stop: int) -> torch.Tensor | Packed:
+    """The columns of units `start` up to `stop`, a view."""
+    return w.units(start, stop) if isinstance(w, Packed) else w[:, start * unit : stop * unit]
 
 
 class ColumnParallelLinear(fs_layers.ColumnParallelLinear):  # type: ignore[misc]
@@ -103,12 +149,22 @@ class ColumnParallelLinear(fs_layers.ColumnParallelLinear):  # type: ignore[misc
         self.gather_output = False
         self.output_size_per_partition = rows.padded
         self.reproducible = part.reproducible
-        self.weight = _parameter(part, rows.padded, in_features)
+        self.weight = _weight(part, self._scheme(part), rows.padded, in_features)
         self.bias = _parameter(part, rows.padded) if bias else None
         self.placements = {"weight": Placement(0, rows.start, rows.stop), "bias": Placement(0, rows.start, rows.stop)}
 
+    def _scheme(self, part: Part) -> Scheme | None:
+        return part.scheme
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return product(x, self.weight, self.bias, self.reproducible)
+
+
+class OutputLinear(ColumnParallelLinear):
+    """The output head: the vocabulary is cut. x [n, dim] -> this rank's logits."""
+
+    def _scheme(self, part: Part) -> Scheme | None:
+        return None if part.quantization is None else part.quantization.output
 
 
 class FusedColumns(nn.Module):
@@ -121,24 +177,35 @@ class FusedColumns(nn.Module):
         super().__init__()
         self.sizes = [layer.output_size_per_partition for layer in layers]
         self.reproducible = layers[0].reproducible
-        self.weight = torch.cat([layer.weight for layer in layers])
-        biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-        self.bias = torch.cat(biases) if biases else None
-        for layer, rows in zip(layers, torch.split(self.weight, self.sizes), strict=True):
-            layer.weight = nn.Parameter(rows, requires_grad=False)
-        for layer, entries in zip(
-            layers, () if self.bias is None else torch.split(self.bias, self.sizes), strict=False
-        ):
-            layer.bias = nn.Parameter(entries, requires_grad=False)
+        packed = [layer.weight for layer in layers if isinstance(layer.weight, Packed)]
+        parts: Sequence[nn.Parameter | Packed]
+        self.weight: torch.Tensor | Packed
+        if packed:
+            self.weight, parts = together(packed)
+            self.widths = [part.padded_rows for part in packed]
+        else:
+            self.weight = torch.cat([layer.weight for layer in layers if isinstance(layer.weight, nn.Parameter)])
+            self.widths = self.sizes
+            parts = [nn.Parameter(rows, requires_grad=False) for rows in torch.split(self.weight, self.sizes)]
+        for layer, part in zip(layers, parts, strict=True):
+            layer.weight = part
+        self.bias = None if layers[0].bias is None else layers[0].bias.new_zeros(sum(self.widths))
+        if self.bias is not None:
+            for layer, entries in zip(layers, torch.split(self.bias, self.widths), strict=True):
+                layer.bias = nn.Parameter(entries[: layer.output_size_per_partition], requires_grad=False)
+
+    def _split(self, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        parts = torch.split(y, self.widths, 1)
+        return tuple(part[:, :size] for part, size in zip(parts, self.sizes, strict=True))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return torch.split(product(x, self.weight, self.bias, self.reproducible), self.sizes, 1)
+        return self._split(product(x, self.weight, self.bias, self.reproducible))
 
     def lay(self, program: Program, x: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
         """Append it to a program; the rows it makes are called `name`."""
-        y = program.rows(name, sum(self.sizes))
+        y = program.rows(name, sum(self.widths))
         program.linear(x, self.weight, self.bias, y)
-        return torch.split(y, self.sizes, 1)
+        return self._split(y)
 
 
 class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
@@ -159,15 +226,19 @@ class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
         # Zero units are left out of every sum: their number depends on that of the ranks.
         n_units = [-(-rows.size // columns.unit) for rows in held]
         self.n_units = n_units[part.rank]
-        self.nodes = [roots(rank * per_rank, n) for rank, n in enumerate(n_units)]
-        self.weight = _parameter(part, out_features, mine.padded)
+        self.nodes = tuple(tuple(roots(rank * per_rank, n)) for rank, n in enumerate(n_units))
+        self.weight = _weight(part, part.scheme, out_features, columns.unit, per_rank)
         self.bias = _parameter(part, out_features) if bias else None
         self.placements = {"weight": Placement(1, mine.start, mine.stop), "bias": Placement()}
 
+    @property
+    def units(self) -> torch.Tensor | Packed:
+        """The weight without the zero units."""
+        return units_of(self.weight, self.unit, 0, self.n_units)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.reproducible:
-            width = self.n_units * self.unit
-            sums = unit_sums(x[:, :width], self.weight[:, :width], self.unit, self.first)
+            sums = partial_sums(x[:, : self.n_units * self.unit], self.units, self.unit, self.first)
             y = total_of_ranks(sums, self.nodes).to(x.dtype)
         else:
             y = reduce(product(x, self.weight, None, False))
@@ -175,19 +246,23 @@ class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
 
     def lay(self, program: Program, x: torch.Tensor, name: str) -> torch.Tensor:
         """Append it to a program, its reduction too; the rows it makes are called `name`."""
-        y = program.rows(name, self.out_features)
+        y, memory = program.rows(name, self.out_features), shared.of(fs.get_model_parallel_group())
         if self.reproducible:
             width, mine = self.n_units * self.unit, roots(self.first, self.n_units)
             planes = program.rows("planes of " + name, self.out_features, max(1, len(mine)))
             if width:
-                program.unit_sums(x[:, :width], self.weight[:, :width], self.unit, self.first, planes)
+                program.unit_sums(x[:, :width], self.units, self.unit, self.first, planes)
             if len(self.nodes) == 1:
                 program.add_planes(planes, mine, y)
+            elif memory is not None:
+                program.shared_planes(planes, self.nodes, y, memory.address, memory.rank, memory.lost)
             else:
                 program.call(lambda n: _copy(y, total_of_ranks(planes[: len(mine), :n], self.nodes)))
         else:
             program.linear(x, self.weight, None, y)
-            if len(self.nodes) > 1:
+            if memory is not None:
+                program.shared_sum(y, memory.address, memory.rank, memory.lost)
+            elif len(self.nodes) > 1:
                 program.call(lambda n: _reduce(y[:n]))
         if self.bias is not None:
             program.add(y, self.bias, y)

@@ -50,22 +50,34 @@ def _address(sockaddr: int | None) -> str | None:
     return socket.inet_ntop(family, ctypes.string_at(sockaddr + start, length))
 
 
-def interface_of(address: str) -> str | None:
-    """The name of the interface that has `address`."""
+def _interfaces() -> list[tuple[str, str]]:
+    """Every interface's name with each of its addresses."""
     libc = ctypes.CDLL(None, use_errno=True)
     first = ctypes.POINTER(_Interface)()
     if libc.getifaddrs(ctypes.byref(first)):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    found = []
     try:
         entry = first
         while entry:
-            found = entry.contents
-            if _address(found.address) == address.partition("%")[0]:
-                return os.fsdecode(found.name)
-            entry = found.next
-        return None
+            address = _address(entry.contents.address)
+            if address is not None:
+                found.append((os.fsdecode(entry.contents.name), address))
+            entry = entry.contents.next
+        return found
     finally:
         libc.freeifaddrs(first)
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the interface that has `address`."""
+    bare = address.partition("%")[0]
+    return next((name for name, own in _interfaces() if own == bare), None)
+
+
+def addresses_of(interface: str) -> list[str]:
+    """The addresses of an interface; none where there is no such interface."""
+    return [own for name, own in _interfaces() if name == interface]
 
 
 def interface_between(mine: str, others: Sequence[str], port: int) -> str | None:

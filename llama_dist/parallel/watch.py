@@ -54,7 +54,8 @@ class Card:
         return f"rank {self.rank} (host {self.host}, pid {self.pid})"
 
 
-def _my_card(rank: int) -> Card:
+def my_card(rank: int) -> Card:
+    """This process's own."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as f:
             space = f"{f.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
@@ -95,6 +96,7 @@ class Watch:
         self._drains = False
         self.draining = threading.Event()
         self._last_words: Callable[[str, int], None] | None = None
+        self._wakers: list[Callable[[], None]] = []
         Watch._current = self
         threading.Thread(target=self._loop, name="llama_dist-watch", daemon=True).start()
 
@@ -126,6 +128,12 @@ class Watch:
         """Call this with message and exit code where the job ends by failure, on the one rank that says so."""
         self._last_words = last_words
 
+    def at_loss(self, waker: Callable[[], None]) -> None:
+        """Call this on the side thread when a rank is lost, so that the main thread does not wait for it any longer."""
+        self._wakers.append(waker)
+        if self.lost is not None:
+            waker()
+
     def attach(self, store: Store, launch: Launch, timeout: float) -> None:
         """Exchange cards with the other ranks and start watching them. Call when the default group is up.
 
@@ -136,7 +144,7 @@ class Watch:
             self._die_with_parent()
         if launch.size == 1:
             return
-        store.set(f"card/{self.rank}", json.dumps(asdict(_my_card(self.rank))))
+        store.set(f"card/{self.rank}", json.dumps(asdict(my_card(self.rank))))
         self._cards = [Card(**json.loads(store.get(f"card/{r}"))) for r in range(launch.size)]
         board = Board(store, self.rank)
         self._keeps_store = self.rank == 0 and not launch.agent_store
@@ -252,6 +260,8 @@ class Watch:
         if self.lost is not None or self._leaving:
             return
         self.lost = PeerLost(message)
+        for wake in self._wakers:
+            wake()
         timer = threading.Timer(grace, lambda: None if self._leaving else self.finish(message, PeerLost.exit_code))
         timer.daemon = True
         timer.start()

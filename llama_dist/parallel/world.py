@@ -17,6 +17,7 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: i
 
 from llama_dist.config import RunConfig
 from llama_dist.errors import ConfigError, PeerLost
+from llama_dist.parallel import shared
 from llama_dist.parallel.launch import Launch, check_launch, read_launch
 from llama_dist.parallel.network import address_towards, interface_between
 from llama_dist.parallel.watch import Watch
@@ -86,13 +87,15 @@ def pick_device(run: RunConfig, launch: Launch) -> torch.device:
     return torch.device("cuda", launch.local_rank)
 
 
-def _set_threads(launch: Launch) -> None:
+def set_threads(launch: Launch) -> None:
+    """This rank's share of the host's cores, unless the user has set a number."""
     # torchrun sets OMP_NUM_THREADS=1 where several ranks share a host; any other value is the user's own.
     if launch.local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
 
 
-def _store(launch: Launch, timeout: datetime.timedelta) -> Store:
+def open_store(launch: Launch, timeout: datetime.timedelta) -> Store:
+    """The store that the ranks meet at; rank 0 keeps it where no torchrun does. PeerLost: it is not there."""
     if launch.size == 1 and launch.launcher == "alone":
         return HashStore()
     master = launch.rank == 0 and not launch.agent_store
@@ -159,11 +162,11 @@ def join(run: RunConfig, watch: Watch | None = None) -> World:
     device = pick_device(run, launch)
     timeout = datetime.timedelta(seconds=run.timeout)
     watch = watch or Watch.current() or Watch(launch.rank)
-    _set_threads(launch)
+    set_threads(launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        store = _store(launch, timeout)
+        store = open_store(launch, timeout)
         store.set(f"here/{launch.rank}", "")
         try:
             _use_reachable_interface(store, launch)
@@ -184,7 +187,28 @@ def join(run: RunConfig, watch: Watch | None = None) -> World:
     mp_group = fs.get_model_parallel_group()
     for group in (mp_group, fs.get_data_parallel_group(), fs.get_pipeline_parallel_group()):
         _set_timeout(group, timeout)
-    return _world(launch, mp_size, device, timeout, mp_group, watch)
+    world = _world(launch, mp_size, device, timeout, mp_group, watch)
+    _share_memory(world, run.timeout)
+    return world
+
+
+def _share_memory(world: World, timeout: float) -> None:
+    """Give the ranks of a replica shared memory, where they are on CPU and may all be on this host."""
+    from llama_dist.parallel.control import collect
+
+    channel = world.replica_channel
+    if world.device.type == "cpu" and 1 < world.mp_size <= world.local_size and shared.of(channel.group) is None:
+        crowded = world.local_size > len(os.sched_getaffinity(0))
+        memory = shared.attach(
+            channel.group,
+            channel.rank,
+            channel.ranks,
+            timeout,
+            crowded,
+            lambda value: collect(world, value, channel),
+        )
+        if memory is not None:
+            world.watch.at_loss(memory.break_off)
 
 
 def _world(
@@ -206,6 +230,7 @@ def _world(
             group = dist.new_group(list(range(first, first + mp_size)), timeout=timeout, backend="gloo")
             if first == mine[0]:
                 replica_group = group
+    replica_channel = Channel(replica_group, launch.rank % mp_size, mine)
     return World(
         launch.rank,
         launch.size,
@@ -214,8 +239,8 @@ def _world(
         launch.rank % mp_size,
         mp_size,
         device,
-        Channel(world_group, launch.rank, everyone),
-        Channel(replica_group, launch.rank % mp_size, mine),
+        replica_channel if mine == everyone else Channel(world_group, launch.rank, everyone),
+        replica_channel,
         watch,
         dist.distributed_c10d._get_default_store(),
     )
@@ -230,5 +255,6 @@ def leave(world: World) -> None:
 
         agree(world, "done", "the end of the job")
     world.watch.detach()
+    shared.detach(world.replica_channel.group)
     fs.destroy_model_parallel()
     dist.destroy_process_group()

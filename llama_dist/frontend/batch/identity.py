@@ -84,6 +84,7 @@ def fingerprint(checked: Checked, encoder: Encoder, options: BatchOptions, found
         "--seed": options.run.seed,
         "--max_seq_len": encoder.max_seq_len,
         "--dtype": str(checked.dtype).removeprefix("torch."),
+        "--quantization": options.run.quantization,
         "--chat_format": encoder.chat_format,
         "--cached_tokens": options.cached_tokens,
         "version of llama_dist": __version__,

@@ -30,7 +30,10 @@ def status_path(output: Path | None, task: str | None = None) -> Path | None:
 def monitor_of(options: BatchOptions, job: Job) -> Monitor:
     report = None if options.report is None else Path(options.report)
     path = status_path(job.output, None if job.task is None else job.task.label)
-    return Monitor(job.total, path, options.log_every, report, job.done, started_failed=job.failed)
+    fingerprint = job.names.system_fingerprint
+    return Monitor(
+        job.total, path, options.log_every, report, job.done, started_failed=job.failed, fingerprint=fingerprint
+    )
 
 
 class Overall:

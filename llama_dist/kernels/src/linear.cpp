@@ -4,13 +4,13 @@
 // over unit numbers, as far as this rank's run of units holds whole subtrees: one plane of y for each of its roots.
 #include "simd.h"
 #include "team.h"
+#include "unit_tree.h"
 
 #include <algorithm>
 
 namespace {
 
 constexpr int64_t M_BLOCK = 32;  // rows of x that stay in the second cache while columns pass by, if they are short
-constexpr int MAX_ROOTS = 64;
 
 // What one call computes, the same for all its threads.
 struct Job {
@@ -20,23 +20,7 @@ struct Job {
     bool y_f32;
 };
 
-// The partial sums of one tile, merged as units come: a node of the tree is (level, index at that level).
-struct Tree {
-    V values[MAX_ROOTS];
-    int level[MAX_ROOTS];
-    int64_t index[MAX_ROOTS];
-    int size = 0;
-
-    inline void push(V v, int64_t unit) {
-        int l = 0;
-        while (size && level[size - 1] == l && (unit & 1) && index[size - 1] == unit - 1) {
-            v = add(values[--size], v);
-            unit >>= 1;
-            l++;
-        }
-        values[size] = v, level[size] = l, index[size++] = unit;
-    }
-};
+using Tree = TreeOf<V>;
 
 template <class T> inline float bias_at(const Job &job, int64_t n) {
     return job.bias ? widen(static_cast<const T *>(job.bias)[n]) : 0.0f;

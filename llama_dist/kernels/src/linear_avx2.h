@@ -8,7 +8,7 @@
 namespace {
 
 constexpr int64_t K_BLOCK = 512;  // numbers of four widened columns that stay in the first cache
-constexpr int AHEAD = 2048;       // bytes of weights called into the cache before they are read
+constexpr int64_t AHEAD = 8192;   // bytes of weights, at most, called into the cache before they are read
 
 // n numbers of a row as whole steps of floats, zeros after them.
 template <class D> inline void widen_row(const typename D::T *from, int64_t n, float *to) {
@@ -66,11 +66,13 @@ inline void direct(const float *x, int64_t ldx, const typename D::T *w, int64_t 
     for (int j = 0; j < NR; j++) p[j] = w + j * ldw;
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NR; j++) a[i][j] = zero();
+    // The same place of the next columns, unless they are so long that it would be gone again.
+    const int64_t ahead = std::min<int64_t>(AHEAD, NR * ldw * sizeof(T));
     int64_t at = 0;
     for (; at + D::STEP <= k; at += D::STEP, x += D::STEP) {
         step<D, MR, NR>(x, ldx, p, a);
         for (int j = 0; j < NR; j++) {
-            _mm_prefetch(reinterpret_cast<const char *>(p[j]) + AHEAD, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char *>(p[j]) + ahead, _MM_HINT_T0);
             p[j] += D::STEP;
         }
     }

@@ -3,13 +3,14 @@
 #include "program.h"
 
 #include <algorithm>
+#include <chrono>
 
 #include "rows.h"
+#include "shared.h"
 #include "team.h"
+#include "tree.h"
 
 namespace {
-
-constexpr int MAX_PLANES = 64;
 
 // y = the sum of planes [n_planes][n, dim] of floats in the tree of tree.py, whose nodes they are, in its type.
 template <class T>
@@ -18,32 +19,13 @@ void add_planes(const float *planes, long plane, const int64_t *nodes, long n_pl
 #pragma omp for schedule(static)
     for (long part = 0; part < (numbers + PART - 1) / PART; part++)
         for (long at = part * PART; at < std::min(numbers, (part + 1) * PART); at += WIDTH) {
-            const long left = numbers - at;
-            Lanes values[MAX_PLANES];
-            int64_t level[MAX_PLANES], index[MAX_PLANES];
-            int size = 0;
-            auto merge = [&](bool end) {
-                while (size > 1) {
-                    int64_t &low = level[size - 1], &high = level[size - 2];
-                    if (end) index[size - 1] >>= high - low, low = high;  // without a right sibling it stands for its parent
-                    if (low != high || index[size - 1] % 2 == 0 || index[size - 2] != index[size - 1] - 1) return;
-                    values[size - 2] = values[size - 2] + values[size - 1];
-                    size--;
-                    level[size - 1]++, index[size - 1] >>= 1;
-                }
-            };
-            for (long p = 0; p < n_planes; p++) {
-                values[size] = load(planes + p * plane + at, left);
-                level[size] = nodes[2 * p], index[size] = nodes[2 * p + 1], size++;
-                merge(false);
-            }
-            while (size > 1) merge(true);
-            store(y + at, values[0], left);
+            auto value = [&](long p) { return load(planes + p * plane + at, numbers - at); };
+            store(y + at, tree(nodes, n_planes, value), numbers - at);
         }
 }
 
-// Called by every thread of the team.
-void run_one(const Op &op, const Step &step, int threads) {
+// Called by every thread of the team. `fault` is what a sum among ranks ended with; after one there is no other.
+void run_one(const Op &op, const Step &step, int threads, int &fault) {
     const int64_t *v = op.v;
     auto p = [&](int i) { return reinterpret_cast<void *>(v[i]); };
     const int bf16s = int(step.is_bf16);
@@ -57,6 +39,10 @@ void run_one(const Op &op, const Step &step, int threads) {
         case Op::LINEAR:
             team::linear(bf16s, p(0), v[1], p(2), v[3], p(4), p(5), v[6], v[7], int(v[8]), step.n, v[9], v[10], v[11], v[12],
                          threads);
+            break;
+        case Op::PACKED:
+            team::quantized(bf16s, p(0), v[1], *static_cast<const team::Packed *>(p(2)), p(3), p(4), v[5], v[6], int(v[7]),
+                            step.n, v[8], v[9], threads);
             break;
         case Op::ROPE:
             team::rope_write(bf16s, p(0), v[1], p(2), v[3], p(4), v[5], step.cos, step.sin, p(6), p(7), v[8], step.slots, step.n,
@@ -78,19 +64,42 @@ void run_one(const Op &op, const Step &step, int threads) {
                 add_planes(static_cast<const float *>(p(0)), v[1], static_cast<const int64_t *>(p(2)), v[3],
                            static_cast<float *>(p(4)), step.n * v[5]);
             break;
+        case Op::SHARED_SUM:
+#pragma omp single
+            if (!fault) fault = llama_dist_shared_sum(p(0), int(v[1]), bf16s, p(2), step.n * v[3]);
+            break;
+        case Op::SHARED_PLANES:
+#pragma omp single
+            if (!fault)
+                fault = llama_dist_shared_planes(p(0), int(v[1]), static_cast<const float *>(p(2)), v[3],
+                                                 static_cast<const int64_t *>(p(4)), static_cast<const int64_t *>(p(5)), bf16s,
+                                                 p(6), step.n * v[7]);
+            break;
     }
 }
 
 }  // namespace
 
 // Returns 0, or -(1 + the first token whose slot is not in the cache), or 1 + the first span whose pages are not: then
-// nothing is computed.
-extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step, int threads) {
+// nothing is computed. `lost` becomes what a sum among ranks ended with (shared.h).
+extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step, int threads, int *lost) {
     for (int64_t i = 0; i < step->n; i++)
         if (step->slots[i] < 0 || step->slots[i] >= step->n_slots) return -int(i) - 1;
     if (int bad = team::bad_span(step->n_slots, step->tables, int(step->max_pages), step->starts, step->lengths, int(step->spans)))
         return bad;
+    int fault = 0;
+    auto since = std::chrono::steady_clock::now();
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < n_ops; i++) run_one(ops[i], *step, threads);
+    for (int64_t i = 0; i < n_ops; i++) {
+        run_one(ops[i], *step, threads, fault);
+        if (!step->seconds) continue;
+#pragma omp master
+        {
+            const auto now = std::chrono::steady_clock::now();
+            step->seconds[ops[i].kind] += std::chrono::duration<double>(now - since).count();
+            since = now;
+        }
+    }
+    *lost = fault;
     return 0;
 }

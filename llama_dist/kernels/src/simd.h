@@ -93,6 +93,7 @@ struct V {
 };
 static inline V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 static inline V add(V a, V b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+static inline V operator+(V a, V b) { return add(a, b); }
 static inline void store(float *p, V v) {
     _mm256_storeu_ps(p, v.low);
     _mm256_storeu_ps(p + 8, v.high);

@@ -9,6 +9,17 @@ namespace team {
 void linear(int is_bf16, const void *x, int64_t ldx, const void *w, int64_t ldw, const void *bias, void *y, int64_t ldy,
             int64_t plane, int y_f32, int64_t m, int64_t n, int64_t k, int64_t unit, int64_t first, int threads);
 
+// Packed weights, as groups.h says; from one block of sixteen rows to the next are block_groups groups, block_units factors.
+struct Packed {
+    int64_t bits;
+    const uint8_t *codes, *scales;
+    const float *factors;
+    int64_t block_groups, block_units, unit, n_units;
+};
+
+void quantized(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void *bias, void *y, int64_t ldy, int64_t plane,
+               int y_f32, int64_t m, int64_t n, int64_t first, int threads);
+
 // Rows of `groups` heads of `dim` numbers, tokens x_stride, y_stride and out_stride apart; total is packed. Without weight
 // there is only the sum.
 void rms_norm(int is_bf16, const void *x, long x_stride, const void *y, long y_stride, void *total, const void *weight,

@@ -1,0 +1,132 @@
+// What ranks of one host do in their shared segment: sums, gathers, messages.
+#include "shared.h"
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "rows.h"
+#include "tree.h"
+
+namespace {
+
+constexpr long EACH_ITS_PART = 1 << 15;  // bytes from which on it is faster if the ranks add up a part each
+
+// Put numbers [first, last) of the round's slots, added up over the ranks, at `to`.
+template <class T>
+void add_up(Segment *s, uint32_t round, long first, long last, T *to) {
+    for (long i = first; i < last; i += WIDTH) {
+        Lanes total = load((const T *)s->slot(round, 0) + i, last - i);
+        for (int r = 1; r < s->n_ranks; r++) total = total + load((const T *)s->slot(round, r) + i, last - i);
+        store(to + i - first, total, last - i);
+    }
+}
+
+template <class T>
+int sum(Segment *s, int rank, T *x, long n) {
+    const long most = s->capacity / sizeof(T);
+    for (long done = 0; done < n; done += most) {
+        const long count = std::min(most, n - done), bytes = count * sizeof(T);
+        const uint32_t round = next_round(s, rank);
+        memcpy(s->slot(round, rank), x + done, bytes);
+        if (int fault = enter_alike(s, rank, round, bytes)) return fault;
+        if (bytes < EACH_ITS_PART) {
+            add_up(s, round, 0, count, x + done);
+            continue;
+        }
+        const long part = (count / s->n_ranks / WIDTH + 1) * WIDTH;
+        auto first = [&](long r) { return std::min(count, r * part); };
+        add_up(s, round, first(rank), first(rank + 1), (T *)s->slot(round + 1, rank));
+        if (int fault = enter_alike(s, rank, round + 1, bytes)) return fault;
+        for (int r = 0; r < s->n_ranks; r++)
+            memcpy(x + done + first(r), s->slot(round + 1, r), (first(r + 1) - first(r)) * sizeof(T));
+    }
+    return 0;
+}
+
+template <class T>
+int sum_planes(Segment *s, int rank, const float *planes, long plane, const int64_t *counts, const int64_t *nodes, T *y,
+               long numbers) {
+    const long n_planes = std::accumulate(counts, counts + s->n_ranks, 0L);
+    const long most = s->capacity / long(sizeof(float)) / *std::max_element(counts, counts + s->n_ranks);
+    std::vector<const float *> parts(n_planes);
+    for (long done = 0; done < numbers; done += most) {
+        const long count = std::min(most, numbers - done);
+        const uint32_t round = next_round(s, rank);
+        for (long i = 0; i < counts[rank]; i++)
+            memcpy((float *)s->slot(round, rank) + i * count, planes + i * plane + done, count * sizeof(float));
+        if (int fault = enter_alike(s, rank, round, count)) return fault;
+        for (long r = 0, p = 0; r < s->n_ranks; r++)
+            for (long i = 0; i < counts[r]; i++) parts[p++] = (const float *)s->slot(round, r) + i * count;
+        for (long i = 0; i < count; i += WIDTH)
+            store(y + done + i, tree(nodes, n_planes, [&](long p) { return load(parts[p] + i, count - i); }), count - i);
+    }
+    return 0;
+}
+
+}  // namespace
+
+// Bytes of a segment.
+extern "C" int llama_dist_shared_size(int n_ranks, long capacity) {
+    return int(sizeof(Segment) + n_ranks * (sizeof(Place) + 2 * capacity));
+}
+
+// Make a segment of zeros ready; by one rank, before any other uses it. A wait takes `timeout` seconds at most.
+extern "C" int llama_dist_shared_start(void *segment, int n_ranks, long capacity, double timeout, int crowded) {
+    Segment *s = (Segment *)segment;
+    s->n_ranks = n_ranks;
+    s->capacity = capacity;
+    s->timeout = int64_t(std::min(timeout, 1e9) * 1e9);
+    s->spin = crowded ? 0 : SPIN;
+    s->yield = YIELD;
+    return 0;
+}
+
+extern "C" int llama_dist_shared_sum(void *segment, int rank, int is_bf16, void *x, long n) {
+    Segment *s = (Segment *)segment;
+    return is_bf16 ? sum(s, rank, (bf16 *)x, n) : sum(s, rank, (float *)x, n);
+}
+
+extern "C" int llama_dist_shared_planes(void *segment, int rank, const float *planes, long plane, const int64_t *counts,
+                                        const int64_t *nodes, int is_bf16, void *y, long numbers) {
+    Segment *s = (Segment *)segment;
+    return is_bf16 ? sum_planes(s, rank, planes, plane, counts, nodes, (bf16 *)y, numbers)
+                   : sum_planes(s, rank, planes, plane, counts, nodes, (float *)y, numbers);
+}
+
+// out [rows, n_ranks, bytes] of each rank's x [rows, bytes].
+extern "C" int llama_dist_shared_gather(void *segment, int rank, const char *x, long rows, long bytes, char *out) {
+    Segment *s = (Segment *)segment;
+    for (long done = 0, all = rows * bytes; done < all; done += s->capacity) {
+        const long end = std::min(all, done + s->capacity);
+        const uint32_t round = next_round(s, rank);
+        memcpy(s->slot(round, rank), x + done, end - done);
+        if (int fault = enter_alike(s, rank, round, end - done)) return fault;
+        for (int r = 0; r < s->n_ranks; r++)
+            for (long at = done, next; at < end; at = next) {
+                const long row = at / bytes;
+                next = std::min(end, (row + 1) * bytes);
+                memcpy(out + row * bytes * (s->n_ranks - 1) + r * bytes + at, s->slot(round, r) + at - done, next - at);
+            }
+    }
+    return 0;
+}
+
+// Each rank's x, of any number of bytes, at most the capacity: sizes [n_ranks], out [n_ranks, capacity].
+extern "C" int llama_dist_shared_exchange(void *segment, int rank, const char *x, long bytes, int64_t *sizes, char *out) {
+    Segment *s = (Segment *)segment;
+    const uint32_t round = next_round(s, rank);
+    memcpy(s->slot(round, rank), x, bytes);
+    if (int fault = enter(s, rank, round, bytes)) return fault;
+    for (int r = 0; r < s->n_ranks; r++) {
+        sizes[r] = s->place(r)->bytes[round & 1];
+        memcpy(out + r * s->capacity, s->slot(round, r), sizes[r]);
+    }
+    return 0;
+}
+
+// This rank's waits, now and later, end within a moment. For another thread that knows it waits in vain.
+extern "C" int llama_dist_shared_break(void *segment, int rank) {
+    ((Segment *)segment)->place(rank)->broken.store(1);
+    return 0;
+}

@@ -1,0 +1,39 @@
+"""y = x W^T with packed W, and its partial sums by unit: the C++ kernel, or another with unpacked weights."""
+
+from __future__ import annotations
+
+import torch
+
+from llama_dist.kernels import linear as plain
+from llama_dist.kernels import quantized
+from llama_dist.kernels.tree import roots
+from llama_dist.quant.pack import unpack
+from llama_dist.quant.packed import Packed
+
+
+def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [m, k] times w [n, k] transposed, plus bias [n]: [m, n] in x's dtype. A row's bits depend on the row alone."""
+    if not quantized.compiled(x):
+        return linear_twin(x, w, bias)
+    return quantized.product(x, w, bias, torch.empty(len(x), w.rows, dtype=x.dtype), quantized.WHOLE)
+
+
+def linear_twin(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`linear` with the weights unpacked anew; x stays as it is."""
+    return plain.linear(x, unpack(w).to(x.dtype), bias)
+
+
+def unit_sums(x: torch.Tensor, w: Packed, first: int) -> torch.Tensor:
+    """Partial products over K by unit, added up to the roots of this run of units: float32 [roots, m, n].
+
+    x [m, k], w [n, k] hold the units from number `first` on.
+    """
+    if not quantized.compiled(x):
+        return unit_sums_twin(x, w, first)
+    y = torch.empty(len(roots(first, w.n_units)), len(x), w.rows, dtype=torch.float32)
+    return quantized.product(x, w, None, y, first) if w.n_units else y
+
+
+def unit_sums_twin(x: torch.Tensor, w: Packed, first: int) -> torch.Tensor:
+    """`unit_sums` with the weights unpacked anew."""
+    return plain.unit_sums(x, unpack(w).to(x.dtype), w.unit, first)

@@ -1,0 +1,62 @@
+"""The schemes by which weights are packed, as data, and the bytes they take. No torch.
+
+A weight is held as a whole number, a code. 32 neighbours along K are a group and share a scale of 8 bits, with 4-bit
+codes also a zero point of 8 bits, in sixteenths of a step; a row has a float32 factor for each unit:
+
+    8 bits: factor * scale * (code - 128), code 1 to 255     33 bytes for 32 weights
+    6 bits: factor * scale * (code - 32), code 1 to 63       25 bytes
+    4 bits: factor * scale * (code - zero / 16), code 0 to 15   18 bytes
+
+Groups do not straddle units: a unit is filled up with zeros to whole groups. So the numbers of a unit are the same on
+any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+GROUP = 32  # weights along K that share a scale
+BLOCK = 16  # rows that lie together, so that one load takes a part of each
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """`bits` of a code; `scale_bytes` a group of one row."""
+
+    bits: int
+    scale_bytes: int
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes of a group of one row."""
+        return GROUP * self.bits // 8
+
+
+INT8, INT6, INT4 = Scheme(8, 1), Scheme(6, 1), Scheme(4, 2)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the weights of the layers are packed, and those of the output head, which needs more care."""
+
+    layers: Scheme
+    output: Scheme
+
+
+QUANTIZATIONS: Mapping[str, Quantization] = {"int8": Quantization(INT8, INT8), "int4": Quantization(INT4, INT6)}
+
+
+def n_blocks(rows: int) -> int:
+    return -(-rows // BLOCK)
+
+
+def groups_of(unit: int) -> int:
+    """Groups that a unit of so many columns takes."""
+    return -(-unit // GROUP)
+
+
+def packed_bytes(scheme: Scheme, rows: int, unit: int, n_units: int) -> int:
+    """Bytes of [rows, n_units * unit] packed weights. Example: INT8, [32, 64] in one unit: 2 * 16 * (2 * 33 + 4)."""
+    row = n_units * (groups_of(unit) * (scheme.code_bytes + scheme.scale_bytes) + 4)
+    return n_blocks(rows) * BLOCK * row
