@@ -246,7 +246,8 @@ def test_help_lists_every_flag_with_its_default(command: str, capsys: pytest.Cap
         assert re.search(rf"^  --{name} ", out, re.MULTILINE)
         assert flag.help in flat
         if flag.default not in (None, (), dataclasses.MISSING):
-            assert f"[default: {str(flag.default).lower() if flag.type is bool else flag.default}]" in flat
+            default = ",".join(flag.default) if isinstance(flag.default, tuple) else str(flag.default)
+            assert f"[default: {default.lower() if flag.type is bool else default}]" in flat
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["help"]])
