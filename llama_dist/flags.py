@@ -227,7 +227,7 @@ def help_text(options: type, flags: Mapping[str, Flag], command: str) -> str:
         f"--{f.name} {placeholder(f)}" + (f" | --{f.instead} {placeholder(flags[f.instead])}" if f.instead else "")
         for f in required
     )
-    usage = f"usage: python -m llama_dist {command} {needed} [--flag value ...]"
+    usage = f"usage: python -m llama_dist {command} {needed} [--flag value ...]".replace("  ", " ")
     lines = [textwrap.fill(usage, 100, subsequent_indent="    "), "", f"{command}: {summary.strip()}."]
     lines += ["", textwrap.fill(" ".join(rest.split()), 100), "", "flags:"]
     for flag in flags.values():

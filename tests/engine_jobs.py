@@ -98,9 +98,9 @@ def serve_some(folder: str) -> dict[str, tuple[str, int]]:
     return heard
 
 
-def faulty_row(folder: str, stage: str, rank: int) -> dict[str, Any]:
+def faulty_row(folder: str, stage: str, rank: int, quantization: str | None = None) -> dict[str, Any]:
     """Four rows, without and with a fault that only token 77 meets, planted in one rank's weights."""
-    session = open_for(Ask(folder, [], 0))
+    session = open_for(Ask(folder, [], 0, {"quantization": quantization}))
     engine = session.engine
     greedy: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0, "ignore_eos": True}
     prompts: Prompts = [([20 + i] * 20 + [77 if i == 0 else 78], greedy) for i in range(4)]

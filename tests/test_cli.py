@@ -192,7 +192,7 @@ def test_values_reach_their_places() -> None:
     line = (
         "--tokenizer-path t --max-seq-len 7 --max_batch_size=2 --max_batch_tokens 30 --kv_cache_memory 4GB "
         "--noprefix_caching --model_parallel_size 3 --units 9 --seed 4 "
-        "--dtype float32 --device cpu --chat_format chatml --timeout 1.5 --check_every 2 --verbose "
+        "--dtype float32 --quantization int8 --device cpu --chat_format chatml --timeout 1.5 --check_every 2 --verbose "
         "--temperature 0 --top_p .5 --max_gen_len 6 --logprobs --echo --prompts_file p --chat --json"
     )
     options = generate(*line.split())
@@ -208,6 +208,7 @@ def test_values_reach_their_places() -> None:
         units=9,
         seed=4,
         dtype="float32",
+        quantization="int8",
         device="cpu",
         chat_format="chatml",
         timeout=1.5,

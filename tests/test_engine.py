@@ -103,12 +103,19 @@ def test_requests_cancels_and_stops_from_the_inbox(checkpoint: Saver, world: int
 
 
 @pytest.mark.parametrize(
-    ("world", "stage", "rank"),
+    ("world", "stage", "rank", "quantization"),
     # token 77 of 293 is in the first of three parts of the vocabulary
-    [(1, "layer 1, feed-forward", 0), (2, "layer 0, attention", 1), (3, "the embedding", 0)],
+    [
+        (1, "layer 1, feed-forward", 0, None),
+        (2, "layer 0, attention", 1, None),
+        (3, "the embedding", 0, None),
+        (2, "layer 1, feed-forward", 1, "int4"),
+    ],
 )
-def test_a_row_that_breaks_fails_alone_and_says_where(checkpoint: Saver, world: int, stage: str, rank: int) -> None:
-    ranks = run_ranks(world, faulty_row, str(checkpoint(CASE, "hf")), stage, rank)
+def test_a_row_that_breaks_fails_alone_and_says_where(
+    checkpoint: Saver, world: int, stage: str, rank: int, quantization: str | None
+) -> None:
+    ranks = run_ranks(world, faulty_row, str(checkpoint(CASE, "hf")), stage, rank, quantization)
     assert all(r == ranks[0] for r in ranks)
     broken, *sound = ranks[0]["faulty"]
     assert broken[1] == "error"

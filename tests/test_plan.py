@@ -236,6 +236,25 @@ def test_plan_prints_commands_that_this_program_understands(
     assert all(p["command"] in text for p in plans)
 
 
+@pytest.mark.parametrize(("quantization", "share"), [("int8", 33 / 64), ("int4", 18 / 64)])
+def test_plan_of_packed_weights(quantization: str, share: float) -> None:
+    """Llama 3 70B: 80 layers of packed weights, a head of 8 or 6 bits and a table that stays as it was."""
+    units = units_of(LLAMA_70B, 8, None)
+    whole = rank_weight_bytes(LLAMA_70B, units, 8, 2)[0]
+    found = rank_weight_bytes(LLAMA_70B, units, 8, 2, quantization)[0]
+    table = 2 * 16032 * 8192
+    head = table * {"int8": 33 / 64, "int4": 25 / 64}[quantization]
+    assert found == pytest.approx(table + head + share * (whole - 2 * table), rel=0.005)
+
+
+def test_plan_names_the_packing(checkpoint: Saver, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(checkpoint("llama-tied", "hf"))
+    rc, out, _ = plan(folder, "--gpus 2 --gpu_memory 2GB --quantization int4", capsys)
+    assert rc == 0 and "float32 with int4 weights" in out and "--quantization int4" in out
+    rc, out, _ = plan(folder, "--gpus 2 --gpu_memory 2GB --quantization int4 --json", capsys)
+    assert json.loads(out)["quantization"] == "int4"
+
+
 def test_plan_offers_less_where_what_was_asked_does_not_fit(
     checkpoint: Saver, capsys: pytest.CaptureFixture[str]
 ) -> None:

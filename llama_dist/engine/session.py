@@ -24,6 +24,7 @@ from llama_dist.engine.numerics import find_unsteady, numeric_mode
 from llama_dist.engine.pages import PageTable
 from llama_dist.engine.scheduler import Scheduler
 from llama_dist.errors import ConfigError, Halted
+from llama_dist.kernels.quantized import compiled
 from llama_dist.model.cache import PAGE_SIZE
 from llama_dist.model.transformer import Transformer
 from llama_dist.parallel.claims import meet
@@ -165,6 +166,8 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
         "" if world.n_replicas == 1 else "s",
         time.monotonic() - began,
     )
+    if packing is not None and not compiled(model.norm.weight):
+        log.info("no kernel multiplies packed weights here: they are unpacked for every product, which is slow")
     meet(world, "loaded")  # the others' memory is counted when all have taken what they need
     if any(collect(world, halted())):
         raise Halted("told to stop while the model was loaded; run it again")
