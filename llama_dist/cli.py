@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, type] = {
     "chat": options.ChatOptions,
     "batch": options.BatchOptions,
     "verify": options.VerifyOptions,
+    "bench": options.BenchOptions,
     "inspect": options.InspectOptions,
     "plan": options.PlanOptions,
     "convert": options.ConvertOptions,
@@ -26,7 +27,7 @@ COMMANDS: Mapping[str, type] = {
 }
 """Each command has a module of its name in `frontend`, whose `prepare(options)` checks all and returns the work."""
 
-ON_RANKS = frozenset({"generate", "chat", "batch", "verify", "doctor"})
+ON_RANKS = frozenset({"generate", "chat", "batch", "verify", "bench", "doctor"})
 """The commands that several ranks run together; the others are one process."""
 
 HELP_WORDS = ("--help", "-h", "help")

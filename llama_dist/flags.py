@@ -26,7 +26,10 @@ WORDS: Mapping[Any, str] = {str: "TEXT", int: "INT", float: "NUMBER", tuple[str,
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag: `path` is where its value goes, e.g. ("run", "seed"); `optional`: it may be None beside `type`."""
+    """One flag: `path` is where its value goes, e.g. ("run", "seed"); `optional`: it may be None beside `type`.
+
+    `instead`: the flag that may be given in place of this required one, whose value it then takes too.
+    """
 
     name: str
     path: tuple[str, ...]
@@ -35,6 +38,7 @@ class Flag:
     default: Any
     help: str
     parse: Callable[[str], Any] | None = None
+    instead: str | None = None
 
     @property
     def required(self) -> bool:
@@ -66,8 +70,8 @@ def flags_of(options: type) -> dict[str, Flag]:
                     name = RENAMED.get(sub.name, sub.name)
                     kind, optional = _without_none(inner_hints[sub.name])
                     path = (field.name, sub.name)
-                    parse = SHARED_PARSE.get(name)
-                    found[name] = Flag(name, path, kind, optional, sub.default, SHARED_HELP[name], parse)
+                    parse, instead = SHARED_PARSE.get(name), field.metadata["instead"].get(name)
+                    found[name] = Flag(name, path, kind, optional, sub.default, SHARED_HELP[name], parse, instead)
         else:
             kind, optional = _without_none(hints[field.name])
             found[field.name] = Flag(
@@ -126,8 +130,9 @@ def read_words(words: Sequence[str], flags: Mapping[str, Flag], command: str) ->
         if len(texts) > 1 and not flags[name].repeats:
             raise ConfigError(f"--{name} is given {len(texts)} times; give it once")
     for flag in flags.values():
-        if flag.required and flag.name not in given:
-            raise ConfigError(f"{command} needs --{flag.name} {placeholder(flag)}: {flag.help}")
+        if flag.required and flag.name not in given and flag.instead not in given:
+            other = f" or --{flag.instead} {placeholder(flags[flag.instead])}" if flag.instead else ""
+            raise ConfigError(f"{command} needs --{flag.name} {placeholder(flag)}{other}: {flag.help}")
     return {name: texts[0] if len(texts) == 1 else json.dumps(texts) for name, texts in given.items()}
 
 
@@ -182,7 +187,11 @@ def build(options: type, flags: Mapping[str, Flag], values: Mapping[str, Any]) -
     """An instance of the options class from values by flag name; what is not given keeps its default."""
     nested: dict[str, dict[str, Any]] = {}
     own: dict[str, Any] = {}
-    for name, value in values.items():
+    given = dict(values)
+    for name, flag in flags.items():
+        if name not in given and flag.instead in given:
+            given[name] = given[flag.instead]
+    for name, value in given.items():
         path = flags[name].path
         if len(path) == 2:
             nested.setdefault(path[0], {})[path[1]] = value
@@ -213,18 +222,23 @@ def placeholder(flag: Flag) -> str:
 def help_text(options: type, flags: Mapping[str, Flag], command: str) -> str:
     """A command's help: what it does, then a line or two for each flag with its type and default."""
     summary, _, rest = (options.__doc__ or "").partition("\n")
-    needed = " ".join(f"--{f.name} {placeholder(f)}" for f in flags.values() if f.required)
-    usage = f"usage: python -m llama_dist {command} {needed} [--flag value ...]"
+    required = [f for f in flags.values() if f.required]
+    needed = " ".join(
+        f"--{f.name} {placeholder(f)}" + (f" | --{f.instead} {placeholder(flags[f.instead])}" if f.instead else "")
+        for f in required
+    )
+    usage = f"usage: python -m llama_dist {command} {needed} [--flag value ...]".replace("  ", " ")
     lines = [textwrap.fill(usage, 100, subsequent_indent="    "), "", f"{command}: {summary.strip()}."]
     lines += ["", textwrap.fill(" ".join(rest.split()), 100), "", "flags:"]
     for flag in flags.values():
         shown = f"--{flag.name}" if flag.type is bool else f"--{flag.name} {placeholder(flag)}"
         if flag.required:
-            note = "required"
+            note = f"required, or --{flag.instead}" if flag.instead else "required"
         elif flag.default is None or flag.default == ():
             note = ""
         else:
-            note = f"default: {str(flag.default).lower() if flag.type is bool else flag.default}"
+            shown_default = ",".join(map(str, flag.default)) if isinstance(flag.default, tuple) else str(flag.default)
+            note = f"default: {shown_default.lower() if flag.type is bool else shown_default}"
         text = flag.help + (f" [{note}]" if note else "")
         lines += textwrap.wrap(text, 100, initial_indent=f"  {shown:<28} ", subsequent_indent=" " * 31)
     lines += [

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from llama_dist.config import RunConfig
+from llama_dist.errors import LlamaDistError
+from llama_dist.kernels import build
+from llama_dist.kernels.program import Program
 from llama_dist.kernels.tree import roots, total
 from llama_dist.parallel import control, layers, shared
 from llama_dist.parallel.world import World, join, leave
@@ -74,3 +81,137 @@ def stress(rounds: int, most: int, seed: int) -> None:
         memory.sum(x)
         assert bool((x == sum(values)).all()), (n, values, x)
     leave(world)
+
+
+def run(program: Program, n: int) -> None:
+    """A program without attention, for n rows."""
+    whole, rows = torch.zeros(1, 1), torch.zeros(n, dtype=torch.int64)
+    one = torch.zeros(1, dtype=torch.int32)
+    program.run(n, rows, 16, one.view(1, 1), one, one + 1, whole, whole)
+
+
+def programs(n_threads: int) -> None:
+    """Sums and reproducible sums inside programs, of all rows they have room for and of fewer."""
+    world = meet()
+    memory = memory_of(world)
+    me, n_ranks, width = world.mp_rank, world.mp_size, 577
+    torch.set_num_threads(n_threads)
+    for dtype in DTYPES:
+        nodes = tuple(tuple(roots(rank * 5, 5)) for rank in range(n_ranks))
+        planes = [part_of(rank, len(mine) * 8 * width, torch.float32, 3) for rank, mine in enumerate(nodes)]
+        planes = [part.view(-1, 8, width) for part in planes]
+        program = Program(8, dtype)
+        x, twice = program.rows("x", width), program.rows("twice", width)
+        mine, y = program.rows("planes", width, len(nodes[me])), program.rows("y", width)
+        program.shared_sum(x, memory.address, me, memory.lost)
+        program.add(x, x, twice)
+        program.shared_planes(mine, nodes, y, memory.address, me, memory.lost)
+        mine.copy_(planes[me])
+        for n in (8, 1, 3):
+            x[:n] = part_of(me, n * width, dtype, n).view(n, width)
+            run(program, n)
+            expected = summed(n_ranks, n * width, dtype, n).view(n, width)
+            assert torch.equal(x[:n], expected) and torch.equal(twice[:n], expected + expected), (dtype, n)
+            whole: torch.Tensor = total([node for part in nodes for node in part], [*torch.cat(planes)])
+            assert torch.equal(y[:n], whole[:n].to(dtype)), (dtype, n)
+    leave(world)
+
+
+def failing(memory: shared.Shared, how: str) -> Callable[[], Any]:
+    """A call in which all ranks must take part."""
+    x = torch.ones(3, 5)
+    if how == "program":
+        program = Program(3, torch.float32)
+        program.shared_sum(program.rows("x", 5).fill_(1), memory.address, memory.rank, memory.lost)
+        program.shared_sum(program.rows("x", 5), memory.address, memory.rank, memory.lost)
+        return lambda: run(program, 3)
+    calls: dict[str, Callable[[], Any]] = {
+        "sum": lambda: memory.sum(x),
+        "gather": lambda: memory.gather(x),
+        "message": lambda: memory.exchange(b"hello", "sharing a message"),
+    }
+    return calls[how]
+
+
+def missing(how: str, timeout: float, late: int) -> tuple[str, str, float]:
+    """What the others raise where rank `late` does not come, and how long that takes."""
+    world = meet(timeout)
+    call = failing(memory_of(world), how)
+    call()
+    control.collect(world, "now")
+    world.watch.detach()  # that one ends before another means nothing here
+    began = time.monotonic()
+    if world.rank == late:
+        time.sleep(timeout + 1)
+        return "", "", 0
+    try:
+        call()
+    except LlamaDistError as err:
+        took = time.monotonic() - began
+        return type(err).__name__, str(err), took
+    raise AssertionError("it came back")
+
+
+def unlike() -> str:
+    """What is raised where rank 1 brings one number more."""
+    world = meet()
+    try:
+        memory_of(world).sum(torch.ones(8 + (world.rank == 1)))
+    except LlamaDistError as err:
+        world.watch.detach()  # that one ends before another means nothing here
+        return f"{type(err).__name__}: {err}"
+    return ""
+
+
+def segments(mp_size: int) -> list[str]:
+    """The names of the shared segments this rank has mapped. They are no names of files."""
+    world = meet(mp_size=mp_size)
+    x = torch.full((5,), float(world.rank))
+    assert layers.reduce(x)[0] == sum(world.replica_channel.ranks)
+    names = re.findall(r"/memfd:(llama_dist\S+) \(deleted\)", Path("/proc/self/maps").read_text())
+    leave(world)
+    return sorted(set(names))
+
+
+def without(what: str) -> bool:
+    """Whether there is shared memory where something is amiss; sums and messages are right all the same."""
+    if what == "one host":
+        os.environ["LOCAL_WORLD_SIZE"] = "1"
+    elif what == "a compiler on rank 1" and os.environ["RANK"] == "1":
+        build.library = lambda: None  # type: ignore[assignment]
+    elif what == "memory on rank 0" and os.environ["RANK"] == "0":
+        shared._make = lambda size, name: -1
+    elif what == "access on rank 1" and os.environ["RANK"] == "1":
+        shared._map = lambda *offer: None
+    world = meet()
+    x = layers.reduce(torch.full((5,), world.rank + 1.0))
+    assert bool((x == world.size * (world.size + 1) / 2).all())
+    assert layers.gather(x[None] + world.rank).shape == (1, 5 * world.size)
+    assert control.collect(world, world.rank, world.replica_channel) == list(range(world.size))
+    control.check(world, 7, "nothing")
+    found = shared.of(world.replica_channel.group) is not None
+    leave(world)
+    return found
+
+
+def idle(seconds: float) -> float:
+    """Seconds of processor time this rank takes while rank 0 sleeps."""
+    world = meet()
+    control.share(world, [] if world.rank == 0 else None, world.replica_channel)
+    before = time.process_time()
+    if world.rank == 0:
+        time.sleep(seconds)
+    control.share(world, [] if world.rank == 0 else None, world.replica_channel)
+    taken = time.process_time() - before
+    leave(world)
+    return taken
+
+
+def joined_again() -> bool:
+    """A second join, as by a second Llama.build, finds the same memory; after leaving there is none."""
+    world = meet()
+    first = memory_of(world)
+    same = memory_of(meet()) is first
+    group = world.replica_channel.group
+    leave(world)
+    return same and shared.of(group) is None

@@ -30,6 +30,7 @@ LEAST = {
     "chat": ["--ckpt_dir", "x"],
     "batch": ["--ckpt_dir", "x", "--input_file", __file__, "--output_file", "o"],
     "verify": ["--ckpt_dir", "x", "--output_file", "o"],
+    "bench": ["--ckpt_dir", "x"],
     "inspect": ["--ckpt_dir", "x"],
     "plan": ["--ckpt_dir", "x", "--gpus", "2", "--gpu_memory", "80GB"],
     "convert": ["--ckpt_dir", "x", "--out_dir", "y"],
@@ -95,7 +96,7 @@ def test_a_missing_required_flag_is_named(command: str) -> None:
 @pytest.mark.parametrize(
     ("line", "part"),
     [
-        ("", "no command: choose generate, chat, batch, verify, inspect, plan, convert, doctor"),
+        ("", "no command: choose generate, chat, batch, verify, bench, inspect, plan, convert, doctor"),
         ("genrate", "no command 'genrate'; did you mean generate?"),
         ("xyzzy", "choose generate, chat"),
         ("--ckpt_dir x", "no command '--ckpt_dir'"),

@@ -92,9 +92,9 @@ def test_an_orderly_end_says_nothing(start) -> None:  # type: ignore[no-untyped-
     assert job.lines() == []
 
 
-@pytest.mark.parametrize("mode", ["loop", "idle"])
+@pytest.mark.parametrize("mode", ["loop", "idle", "sum"])
 def test_a_killed_rank_ends_the_others_and_is_named(start, mode: str) -> None:  # type: ignore[no-untyped-def]
-    job = start(mode, ranks=3 if mode == "loop" else 2)
+    job = start(mode, ranks=2 if mode == "idle" else 3)
     os.kill(job.pids[1], signal.SIGKILL)
     job.end(within=5)
     lines = job.lines()
@@ -117,8 +117,9 @@ def test_ranks_that_differ_are_named(start) -> None:  # type: ignore[no-untyped-
     assert "rank 1 differs from the others in the tokens sampled up to tick 9" in line
 
 
-def test_a_stopped_rank_is_named_after_the_timeout(start) -> None:  # type: ignore[no-untyped-def]
-    job = start("stop")
+@pytest.mark.parametrize("mode", ["stop", "stop sum"])
+def test_a_stopped_rank_is_named_after_the_timeout(start, mode: str) -> None:  # type: ignore[no-untyped-def]
+    job = start(mode)
     os.kill(job.pids[1], signal.SIGSTOP)
     time.sleep(0.1)
     began = time.monotonic()

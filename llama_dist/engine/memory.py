@@ -22,7 +22,7 @@ CPU_SHARE = 0.5  # of what the host has available, dealt over its ranks
 SPARE = 2  # times what a full batch of longest sequences takes: beyond that the prefix cache gains little
 
 
-def _host_memory() -> int:
+def host_memory() -> int:
     """Bytes this process may still take: the host's, or its cgroup's where that is less."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
@@ -42,7 +42,7 @@ def _memory_left(world: World) -> int:
     if world.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(world.device)
         return int(free * CUDA_SHARE)
-    return int(_host_memory() * CPU_SHARE) // world.local_size
+    return int(host_memory() * CPU_SHARE) // world.local_size
 
 
 def count_pages(run: RunConfig, world: World, model: Transformer, max_seq_len: int) -> int:

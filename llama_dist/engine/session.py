@@ -92,15 +92,18 @@ def pick_dtype(run: RunConfig, reader: Reader, device: torch.device) -> torch.dt
     return torch.bfloat16 if quantised else info.dtype
 
 
-def check_run(run: RunConfig) -> Checked:
-    """Everything that headers and flags can tell. Raises ConfigError or CheckpointError; touches no other rank."""
+def check_run(run: RunConfig, reader: Reader | None = None, tokenizer: Tokenizer | None = None) -> Checked:
+    """Everything that headers and flags can tell. Raises ConfigError or CheckpointError; touches no other rank.
+
+    `reader` and `tokenizer`: in place of what lies at `ckpt_dir`.
+    """
     launch = read_launch()
     mp_size = model_parallel_size(run, launch)
     if run.units is not None and run.units < mp_size:
         raise ConfigError(f"--units {run.units} is less than {mp_size} model-parallel ranks; use {mp_size} or more")
     device = pick_device(run, launch)
-    reader = open_checkpoint(run.ckpt_dir)
-    tokenizer = read_tokenizer(run, reader)
+    reader = reader or open_checkpoint(run.ckpt_dir)
+    tokenizer = tokenizer or read_tokenizer(run, reader)
     config = reader.config
     if tokenizer.n_words > config.vocab_size:
         raise ConfigError(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from llama_dist.config import RunConfig
 from llama_dist.errors import ConfigError
+from llama_dist.model.shapes import SHAPES
 from llama_dist.request import SamplingParams
 
 SHARED_HELP: Mapping[str, str] = {
@@ -52,9 +53,12 @@ def option(help: str, parse: Callable[[str], Any] | None = None) -> dict[str, An
     return {"help": help, "parse": parse}
 
 
-def part(*names: str) -> dict[str, Any]:
-    """Metadata of a nested dataclass: the fields of it that become flags; none named: all."""
-    return {"names": names}
+def part(*names: str, instead: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Metadata of a nested dataclass: the fields of it that become flags; none named: all.
+
+    `instead`: of a required field, the command's own flag that may be given in its place.
+    """
+    return {"names": names, "instead": instead or {}}
 
 
 def parse_counts(text: str) -> tuple[int, ...]:
@@ -233,6 +237,95 @@ class VerifyOptions:
     def __post_init__(self) -> None:
         if self.sample < 1:
             raise ConfigError(f"--sample is {self.sample}, must be 1 or more")
+
+
+BENCH_WORK = ("decode", "prefill", "batch")
+
+
+def parse_words(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """A parser of `decode,batch`: some of the known words, in the order known."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        words = [word.strip() for word in text.split(",")]
+        if any(word not in known for word in words):
+            raise ValueError(f"must be some of {','.join(known)}")
+        return tuple(word for word in known if word in words)
+
+    return parse
+
+
+CONTENDERS = ("transformers", "llama.cpp", "vllm")
+
+
+def parse_contenders(text: str) -> tuple[str, ...]:
+    """`transformers,vllm=/venv/bin/python` to its items, each contender once."""
+    items = [item.strip() for item in text.split(",")]
+    names = [item.partition("=")[0] for item in items]
+    if any(name not in CONTENDERS for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"must be some of {','.join(CONTENDERS)}, each alone or as NAME=PYTHON")
+    return tuple(items)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """measures this machine's speed at a model, beside the limits of the hardware
+
+    Decoding, prefill and a mixed batch in interleaved rounds, start-up, memory and where the time of a step goes. The
+    table goes to stdout. What the model or the memory has no room for is left out, and named.
+    """
+
+    run: RunConfig = field(
+        metadata=part(
+            "ckpt_dir",
+            "tokenizer_path",
+            "max_seq_len",
+            "max_batch_tokens",
+            "kv_cache_memory",
+            "units",
+            "seed",
+            "dtype",
+            "quantization",
+            "device",
+            "timeout",
+            "check_every",
+            "reproducible",
+            "verbose",
+            instead={"ckpt_dir": "shape"},
+        )
+    )
+    shape: str | None = field(
+        default=None,
+        metadata=option(f"random weights of a published model's shape, in place of --ckpt_dir: {', '.join(SHAPES)}"),
+    )
+    work: tuple[str, ...] = field(
+        default=BENCH_WORK,
+        metadata=option(f"what to measure, of {','.join(BENCH_WORK)}", parse=parse_words(BENCH_WORK)),
+    )
+    repeats: int = field(default=3, metadata=option("rounds; the table has medians over them"))
+    json: str | None = field(default=None, metadata=option("a file for all figures, as JSON"))
+    plot: str | None = field(default=None, metadata=option("a PNG file for a picture of them"))
+    against: tuple[str, ...] = field(
+        default=(),
+        metadata=option(
+            f"others to do the same work in turn, fresh processes all: {','.join(CONTENDERS)}, each alone or as "
+            "NAME=PYTHON of a virtual environment that has it",
+            parse=parse_contenders,
+        ),
+    )
+    scale: bool = field(
+        default=False,
+        metadata=option("how cost grows with batch, context, ranks and lines of a file too; takes many minutes"),
+    )
+
+    def __post_init__(self) -> None:
+        if self.shape is not None and self.run.ckpt_dir != self.shape:
+            raise ConfigError("--ckpt_dir and --shape exclude each other; give one of them")
+        if self.shape is not None and self.shape not in SHAPES:
+            raise ConfigError(f"--shape is {self.shape!r}, must be one of {', '.join(SHAPES)}")
+        if self.repeats < 1:
+            raise ConfigError(f"--repeats is {self.repeats}, must be 1 or more")
+        if self.against and self.scale:
+            raise ConfigError("--against and --scale exclude each other; make two runs of it")
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from llama_dist.kernels import build, quantized
 from llama_dist.kernels.tree import Node
 from llama_dist.quant.packed import Packed
 
-NORM, LINEAR, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES = range(9)  # as in program.h
+KINDS = 9
+NORM, LINEAR, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES = range(KINDS)  # as in program.h
 OP = struct.Struct("=16q")
-STEP = struct.Struct("=11q")
+STEP = struct.Struct("=12q")
 
 
 @functools.cache
@@ -41,13 +42,17 @@ def pack(nodes: tuple[tuple[Node, ...], ...]) -> tuple[torch.Tensor, torch.Tenso
 
 
 class Program:
-    """Operations in order, for up to `most` rows of `dtype` (bfloat16 or float32), on the CPU."""
+    """Operations in order, for up to `most` rows of `dtype` (bfloat16 or float32), on the CPU.
+
+    `seconds`, where there is one, float64 [KINDS]: what the operations of each kind take is added to it.
+    """
 
     def __init__(self, most: int, dtype: torch.dtype) -> None:
         self.most, self.dtype = most, dtype
         self._parts: list[bytearray | Callable[[int], None]] = []
         self._rows: dict[str, torch.Tensor] = {}
         self._held: list[torch.Tensor] = []
+        self.seconds: torch.Tensor | None = None
         self._lost: Callable[[int], Exception] | None = None
 
     def rows(self, name: str, width: int, planes: int = 0) -> torch.Tensor:
@@ -177,9 +182,9 @@ class Program:
         """Compute all of it for `n` rows; tensors are as in `rope_write` and `attend`. IndexError outside the cache."""
         assert n <= self.most, f"{n} rows, room for {self.most}"
         small = (slots, tables, starts, lengths, cos, sin)
-        step = STEP.pack(
-            self.dtype == torch.bfloat16, n, len(starts), tables.shape[1], n_slots, *[t.data_ptr() for t in small]
-        )
+        seconds = 0 if self.seconds is None else self.seconds.data_ptr()
+        where = [t.data_ptr() for t in small]
+        step = STEP.pack(self.dtype == torch.bfloat16, n, len(starts), tables.shape[1], n_slots, *where, seconds)
         for part in self._parts:
             if not isinstance(part, bytearray):
                 part(n)

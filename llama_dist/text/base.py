@@ -9,7 +9,7 @@ from typing import Protocol
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
-    `kind`: sentencepiece, tiktoken, tokenizer.json or gguf. `n_words`: size of the vocabulary.
+    `kind`: sentencepiece, tiktoken, tokenizer.json, gguf or ids. `n_words`: size of the vocabulary.
     `special`: control tokens by their text. `stop_ids`: ids that end an answer.
     `add_bos`: whether completions of plain text begin with `bos_id`.
     `chat_template`: the checkpoint's own Jinja template, where its tokenizer files carry one.

@@ -12,8 +12,8 @@ from llama_dist.frontend.numbers import show_time
 from llama_dist.frontend.sizes import show_bytes
 
 TIMES = 3.0  # worse than the good ones of its like: a slow pair
-JITTER = 2e-4  # seconds of latency beyond that, which a busy host may take
-MOST_LATENCY = 2e-3  # seconds, of any pair: a token takes two reductions a layer
+JITTER = 5e-4  # seconds of latency beyond that, which a busy host may take
+MOST_LATENCY = 5e-3  # seconds, of any pair: a token takes two reductions a layer
 LEAST_BANDWIDTH = 50e6  # bytes a second, of any pair: half of Gigabit Ethernet
 MOST_LINES = 8
 

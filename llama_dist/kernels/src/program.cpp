@@ -3,6 +3,7 @@
 #include "program.h"
 
 #include <algorithm>
+#include <chrono>
 
 #include "rows.h"
 #include "shared.h"
@@ -87,8 +88,18 @@ extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step
     if (int bad = team::bad_span(step->n_slots, step->tables, int(step->max_pages), step->starts, step->lengths, int(step->spans)))
         return bad;
     int fault = 0;
+    auto since = std::chrono::steady_clock::now();
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < n_ops; i++) run_one(ops[i], *step, threads, fault);
+    for (int64_t i = 0; i < n_ops; i++) {
+        run_one(ops[i], *step, threads, fault);
+        if (!step->seconds) continue;
+#pragma omp master
+        {
+            const auto now = std::chrono::steady_clock::now();
+            step->seconds[ops[i].kind] += std::chrono::duration<double>(now - since).count();
+            since = now;
+        }
+    }
     *lost = fault;
     return 0;
 }

@@ -10,10 +10,12 @@ struct Op {
     int64_t v[15];
 };
 
-// What changes from call to call: n tokens in `spans` spans, and where they stand.
+// What changes from call to call: n tokens in `spans` spans, and where they stand. Where there is room for them, the seconds
+// that each kind of operation takes are added to `seconds`.
 struct Step {
     int64_t is_bf16, n, spans, max_pages, n_slots;
     const int64_t *slots;
     const int *tables, *starts, *lengths;
     const float *cos, *sin;
+    double *seconds;
 };

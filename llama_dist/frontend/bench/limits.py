@@ -1,0 +1,119 @@
+"""What the hardware allows, measured: memory read, matrix products, reductions; by all ranks at once.
+
+One reading of one pattern is often too low, so there are several of each, and the best one counts.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from llama_dist.config import ModelConfig
+from llama_dist.engine.memory import host_memory
+from llama_dist.frontend.bench.figures import Limits
+from llama_dist.kernels import read as reading
+from llama_dist.kernels.linear import compiled, fastest, linear
+from llama_dist.parallel.control import collect
+from llama_dist.parallel.layers import reduce
+from llama_dist.parallel.world import World
+
+READ_BYTES = 2**30  # of a host or a GPU; beyond any cache
+LARGE_PAGE = 2**21
+READINGS = 5
+SLOW = 0.3  # seconds of a reading that is not repeated
+REDUCTIONS = 100  # in a row
+ROWS = 512  # of a product as large as the model's
+SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # of square ones
+
+
+def _seconds(device: torch.device, work: Callable[[], Any]) -> float:
+    """How long the device takes for it."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize(device)
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _rate(world: World, amount: float, work: Callable[[], Any]) -> float:
+    """The best rate, a second, at which all ranks together do it, each `amount` at a time; the slowest one counts."""
+    best = float("inf")
+    for reading_number in range(1 + READINGS):
+        slowest = max(collect(world, _seconds(world.device, work)))
+        if reading_number or slowest > SLOW:  # the first is to warm up
+            best = min(best, slowest)
+        if slowest > SLOW:
+            break
+    return world.size * amount / best
+
+
+def _fastest(world: World, candidates: Iterator[tuple[str, float, Callable[[], Any]]]) -> tuple[float, str]:
+    """The best rate of (name, amount, work), and whose it is."""
+    return max((_rate(world, amount, work), name) for name, amount, work in candidates)
+
+
+def _memory(world: World) -> torch.Tensor:
+    """Numbers to read, float32, beyond the caches and within what memory is left; in large pages where there are."""
+    cuda = world.device.type == "cuda"
+    free = torch.cuda.mem_get_info(world.device)[0] if cuda else host_memory()
+    share = min(collect(world, min(READ_BYTES, free // 4) // (1 if cuda else world.local_size)))
+    if cuda:
+        return torch.ones(share // 4, device=world.device)
+    room = mmap.mmap(-1, share // LARGE_PAGE * LARGE_PAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        room.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(room, dtype=torch.float32).fill_(1)
+
+
+def _reads(world: World, memory: torch.Tensor) -> Iterator[tuple[str, float, Callable[[], Any]]]:
+    if memory.device.type == "cpu":
+        for way in range(min(collect(world, reading.n_ways()))):
+            yield f"C++ loop {way}", memory.nbytes, functools.partial(reading.read, memory, way)
+    yield "torch's sum", memory.nbytes, memory.sum
+    half = len(memory) // 2
+    yield "torch's copy", 2 * half * 4, lambda: memory[:half].copy_(memory[half : 2 * half])
+
+
+def _products(world: World, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, float, Callable[[], Any]]]:
+    device = world.device
+    own = all(collect(world, compiled(torch.empty(0, dtype=dtype, device=device))))
+    sizes = [(ROWS, config.dim, config.hidden_dim), *((n, n, n) for n in SIDES[device.type])]
+    for m, k, n in sizes:
+        x = torch.full((m, k), 0.5, dtype=dtype, device=device)
+        w = torch.full((n, k), 0.5, dtype=dtype, device=device)
+        amount = 2.0 * m * k * n
+        yield f"torch's product of {m} x {k} x {n}", amount, functools.partial(F.linear, x, w)
+        if own:
+            yield f"own product of {m} x {k} x {n}", amount, functools.partial(linear, x, w)
+            yield f"layers' product of {m} x {k} x {n}", amount, functools.partial(fastest, x, w, None)
+
+
+@torch.inference_mode()
+def measure(world: World, config: ModelConfig, dtype: torch.dtype) -> Limits:
+    """One round of readings. Every rank calls it alike; all get the same."""
+    memory = _memory(world)
+    read, read_how = _fastest(world, _reads(world, memory))
+    del memory
+    product, product_how = _fastest(world, _products(world, config, dtype))
+    reduction = None
+    if world.mp_size > 1:
+        x = torch.zeros(1, config.dim, dtype=dtype, device=world.device)
+
+        def row() -> None:
+            for _ in range(REDUCTIONS):
+                reduce(x)
+
+        reduction = world.size / _rate(world, REDUCTIONS, row)
+    return Limits(read, product, reduction, {"read": read_how, "product": product_how})
