@@ -125,6 +125,14 @@ def test_a_missing_required_flag_is_named(command: str) -> None:
         ("generate --ckpt_dir x --prompt hi --prompts_file f", "exclude each other"),
         ("generate --ckpt_dir x --prompt hi --logprobs", "add --json"),
         ("chat --ckpt_dir x --logprobs", "chat has no flag --logprobs"),
+        ("bench", "bench needs --ckpt_dir DIR or --shape TEXT: checkpoint"),
+        ("bench --ckpt_dir x --shape tiny", "--ckpt_dir and --shape exclude each other"),
+        ("bench --shape llama-9t", "--shape is 'llama-9t', must be one of tiny, smollm2-135m"),
+        ("bench --shape tiny --against vlm", "--against is 'vlm', must be some of transformers,llama.cpp,vllm"),
+        ("bench --shape tiny --against vllm,vllm=x", "--against is 'vllm,vllm=x', must be some of"),
+        ("bench --shape tiny --work decode,sleep", "--work is 'decode,sleep', must be some of decode,prefill,batch"),
+        ("bench --shape tiny --repeats 0", "--repeats is 0, must be 1 or more"),
+        ("bench --shape tiny --scale --against vllm", "exclude each other; make two runs"),
         ("plan --ckpt_dir x --gpus 0 --gpu_memory 1GB", "--gpus is '0', must be a whole number from 1"),
         ("plan --ckpt_dir x --gpus 2,x --gpu_memory 1GB", "--gpus is '2,x'"),
         ("plan --ckpt_dir x --gpus 2 --gpu_memory 80", "such as 80GB"),
@@ -239,7 +247,8 @@ def test_help_lists_every_flag_with_its_default(command: str, capsys: pytest.Cap
         assert re.search(rf"^  --{name} ", out, re.MULTILINE)
         assert flag.help in flat
         if flag.default not in (None, (), dataclasses.MISSING):
-            assert f"[default: {str(flag.default).lower() if flag.type is bool else flag.default}]" in flat
+            default = ",".join(flag.default) if isinstance(flag.default, tuple) else str(flag.default)
+            assert f"[default: {default.lower() if flag.type is bool else default}]" in flat
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["help"]])

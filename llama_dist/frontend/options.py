@@ -271,7 +271,8 @@ class BenchOptions:
     """measures this machine's speed at a model, beside the limits of the hardware
 
     Decoding, prefill and a mixed batch in interleaved rounds, start-up, memory and where the time of a step goes. The
-    table goes to stdout. What the model or the memory has no room for is left out, and named.
+    table goes to stdout. Sequences are as long as the work needs; what the model or the memory has no room for is left
+    out, and named.
     """
 
     run: RunConfig = field(

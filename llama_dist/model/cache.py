@@ -79,8 +79,8 @@ def make_batch(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device,
     tables = torch.tensor([[*pages, *[0] * (most - len(pages))] for pages in held], dtype=torch.int32)
     starts = torch.tensor([span.start for span in spans], dtype=torch.int32)
     counts = torch.tensor([span.length for span in spans], dtype=torch.int32)
-    on_device = [t.to(device) for t in (tables, starts, counts)]
-    return Batch(packed[0], packed[1], packed[2], packed[3], spans, *on_device, page_size)
+    tables, starts, counts = (t.to(device) for t in (tables, starts, counts))
+    return Batch(packed[0], packed[1], packed[2], packed[3], spans, tables, starts, counts, page_size)
 
 
 class KVCache:

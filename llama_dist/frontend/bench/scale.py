@@ -79,12 +79,12 @@ def context_series(player: Player, model: Model) -> tuple[Series, Series]:
     )
 
 
-def rows_series(player: Player, sizes: Sequence[int] = ROWS) -> Series:
+def rows_series(player: Player) -> Series:
     """Files of ever more lines: work is lines. Rank 0 alone does it, kept in touch with the others."""
     world = player.session.world
     points: list[Point] = []
     note = ""
-    for n in sizes:
+    for n in ROWS:
         if points and not within_patience(player, points[-1].seconds, n / points[-1].x):
             note = f"more would take over {PATIENCE:.0f} s"
             break

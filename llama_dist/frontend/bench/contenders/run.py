@@ -52,7 +52,9 @@ def timed(contender: Any, prompts: list[list[int]], new: int) -> float:
     began = time.perf_counter()
     answers = contender.generate(prompts, new)
     seconds = time.perf_counter() - began
-    assert [len(answer) for answer in answers] == [new] * len(prompts), f"{len(answers)} answers"
+    lengths = [len(answer) for answer in answers]
+    if lengths != [new] * len(prompts):
+        raise ValueError(f"asked for {len(prompts)} answers of {new} tokens, got lengths {lengths}")
     return seconds
 
 
