@@ -161,6 +161,13 @@ def test_what_is_broken_is_found(device: str, monkeypatch: pytest.MonkeyPatch, w
             check_rows(device, "rms_norm", torch.float32, 2049)
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True, ids=["interpreted"])
+def test_a_number_beside_the_tensors_is_found(device: str) -> None:
+    x, w = (draws(3, 16, dtype=torch.float32, device=device, seed=i) for i in range(2))
+    with pytest.raises(Exception, match="lie outside the tensors"):
+        products()._run(x, w, None, torch.empty(1, 4, 3), 16)  # a row more than x has
+
+
 def apply(name: str, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if name == "rms_norm":
         return rows().rms_norm(x, weight, EPS)  # type: ignore[no-any-return]

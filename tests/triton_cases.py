@@ -72,12 +72,49 @@ def _caster(theirs: Callable[..., Any]) -> Callable[..., Any]:
     return cast
 
 
+class _Memory:
+    """Sees to it that a kernel reads and writes what it was given, and nothing beside it."""
+
+    def __init__(self, load: Callable[..., Any], store: Callable[..., Any], arguments: Callable[..., Any]) -> None:
+        self.theirs = load, store, arguments
+        self.given: list[tuple[int, int]] = []
+
+    def arguments(self, executor: Any, args: Any, options: Any) -> Any:
+        tensors = [t for t in (*args, *options.values()) if isinstance(t, torch.Tensor)]
+        self.given = [(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors]
+        return self.theirs[2](executor, args, options)
+
+    def _check(self, where: Any, mask: Any, size: int) -> None:
+        at = where.data[mask.data.astype(bool)]
+        inside = sum((at >= start) & (at + size <= start + length) for start, length in self.given)
+        assert (inside > 0).all(), f"{(inside == 0).sum()} of {at.size} numbers lie outside the tensors"
+
+    def load(self, builder: Any, where: Any, mask: Any, *rest: Any) -> Any:
+        self._check(where, mask, where.get_element_ty().primitive_bitwidth // 8)
+        return self.theirs[0](builder, where, mask, *rest)
+
+    def store(self, builder: Any, where: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        size = where.get_element_ty().primitive_bitwidth // 8
+        assert value.data.itemsize == size, f"numbers of {value.data.itemsize} bytes where {size} belong"
+        self._check(where, mask, size)
+        return self.theirs[1](builder, where, value, mask, *rest)
+
+
 @contextmanager
 def like_a_gpu() -> Iterator[None]:
-    """The interpreter with a product whose rows are alike, with a GPU's rounding, and as silent."""
+    """The interpreter with a product whose rows are alike, with a GPU's rounding, and as silent; and its memory looked
+    after."""
     import numpy as np
+    from triton.runtime.interpreter import GridExecutor
     from triton.runtime.interpreter import InterpreterBuilder as Builder
 
-    changed = {"create_dot": _dot, "cast_impl": _caster(Builder.cast_impl)}
-    with mock.patch.multiple(Builder, **changed), np.errstate(all="ignore"):
+    memory = _Memory(Builder.create_masked_load, Builder.create_masked_store, GridExecutor._init_args_hst)
+    changed = {
+        "create_dot": _dot,
+        "cast_impl": _caster(Builder.cast_impl),
+        "create_masked_load": lambda *args: memory.load(*args),
+        "create_masked_store": lambda *args: memory.store(*args),
+    }
+    seen = mock.patch.object(GridExecutor, "_init_args_hst", lambda *args: memory.arguments(*args))
+    with mock.patch.multiple(Builder, **changed), seen, np.errstate(all="ignore"):
         yield
