@@ -32,5 +32,5 @@ def every_way(
         options = {"reproducible": True, "dtype": dtype, "device": device, "max_seq_len": 96, **WAYS[way].options}
         engine = engine_for(folder, Run(options, WAYS[way].pages))
         found[way] = answer_all(engine, asked)
-    mode = session.numeric_mode(engine.model.norm.weight.dtype, engine.world.device, 8)
+    mode = session.numeric_mode(engine.model.norm.weight.dtype, None, engine.world.device, 8)
     return found, mode
