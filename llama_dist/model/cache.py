@@ -47,7 +47,7 @@ class Batch:
 
     @functools.cached_property
     def places(self) -> tuple[int | torch.Tensor, ...]:
-        """Made when first asked for: attention in C++ reads by `tables`."""
+        """Made when first asked for: attention in C++ and Triton reads by `tables`."""
         return tuple(_place(span, self.page_size, self.tokens.device) for span in self.spans)
 
 

@@ -1,4 +1,4 @@
-"""y = x W^T with packed W, and its partial sums by unit: the C++ kernel, or torch's product with unpacked weights."""
+"""y = x W^T with packed W, and its partial sums by unit: the C++ kernel, or another with unpacked weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torc
 
 def linear_twin(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`linear` with the weights unpacked anew; x stays as it is."""
-    return plain.linear_twin(x, unpack(w).to(x.dtype), bias)
+    return plain.linear(x, unpack(w).to(x.dtype), bias)
 
 
 def unit_sums(x: torch.Tensor, w: Packed, first: int) -> torch.Tensor:
@@ -36,4 +36,4 @@ def unit_sums(x: torch.Tensor, w: Packed, first: int) -> torch.Tensor:
 
 def unit_sums_twin(x: torch.Tensor, w: Packed, first: int) -> torch.Tensor:
     """`unit_sums` with the weights unpacked anew."""
-    return plain.unit_sums_twin(x, unpack(w).to(x.dtype), w.unit, first)
+    return plain.unit_sums(x, unpack(w).to(x.dtype), w.unit, first)
