@@ -104,8 +104,8 @@ def check_end(job: Job, whole: bytes) -> None:
 def test_one_killed_one_told_to_stop_one_late(tiny: str, tmp_path: Path, whole: bytes) -> None:
     job = Job(tiny, tmp_path)
     with ThreadPoolExecutor() as pool:
-        killed = job.task(pool, "killed", Fault("kill", 0, 30))
-        told = job.task(pool, "told", Fault("term", 0, 30))
+        killed = job.task(pool, "killed", Fault("kill", 0, 65))
+        told = job.task(pool, "told", Fault("term", 0, 65))
         job.wait_for(1)
         late = job.task(pool, "late")
         ended = {name: task.result() for name, task in (("killed", killed), ("told", told), ("late", late))}
@@ -121,7 +121,7 @@ def test_worlds_of_several_ranks_and_replicas(tiny: str, tmp_path: Path, whole: 
     """A task of two replicas beside one that is killed; each takes a part of the lines."""
     job = Job(tiny, tmp_path)
     with ThreadPoolExecutor() as pool:
-        killed = job.task(pool, "killed", Fault("kill", 0, 30))
+        killed = job.task(pool, "killed", Fault("kill", 0, 65))
         job.argv.append("--model_parallel_size=1")
         replicas = job.task(pool, "replicas", world=2)
         ended = replicas.result()

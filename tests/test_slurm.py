@@ -102,7 +102,7 @@ class Job:
 def whole(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[str]]:
     """Results of a job that nothing stops, on two ranks without Slurm, by its number of lines."""
     found = {}
-    for n in (12, 60):
+    for n in (12, 240):
         folder = tmp_path_factory.mktemp("whole")
         job = Job(None, tiny, folder, n)  # type: ignore[arg-type]
         argv = [
@@ -132,7 +132,7 @@ def test_a_rank_for_every_gpu(slurm: Cluster, tiny: str, whole: dict[int, list[s
 def test_a_job_stopped_in_every_way_is_requeued_and_ends_whole(
     slurm: Cluster, tiny: str, whole: dict[int, list[str]], tmp_path: Path
 ) -> None:
-    job = Job(slurm, tiny, tmp_path, 60)
+    job = Job(slurm, tiny, tmp_path, 240)
     number = job.submit(NPROC_PER_NODE="2")
     urgent = ""
     done = 0
@@ -153,7 +153,7 @@ def test_a_job_stopped_in_every_way_is_requeued_and_ends_whole(
         done = stopped["done"]
     job.end(number, "COMPLETED")
     assert slurm.state(urgent) == "COMPLETED"
-    assert job.records() == whole[60]
+    assert job.records() == whole[240]
     assert job.log().count("stopped early, requeued") == 3
     assert not re.search("second SIGTERM|SIGUSR1", job.log())
 
@@ -161,7 +161,7 @@ def test_a_job_stopped_in_every_way_is_requeued_and_ends_whole(
 def test_what_is_not_requeued_goes_on_when_submitted_again(
     slurm: Cluster, tiny: str, whole: dict[int, list[str]], tmp_path: Path
 ) -> None:
-    job = Job(slurm, tiny, tmp_path, 60)
+    job = Job(slurm, tiny, tmp_path, 240)
     number = job.submit("--no-requeue", NPROC_PER_NODE="2")
     done = job.midway(number)
     slurm.call("scancel", "--signal=USR1", number)
@@ -182,19 +182,19 @@ def test_what_is_not_requeued_goes_on_when_submitted_again(
 
     number = job.submit(NPROC_PER_NODE="2")
     job.end(number, "COMPLETED")
-    assert job.records() == whole[60]
+    assert job.records() == whole[240]
 
 
 def test_the_time_limit_is_foreseen(slurm: Cluster, tiny: str, whole: dict[int, list[str]], tmp_path: Path) -> None:
     # 60 s less the grace and a margin of 15 leave some seconds for lines. Slurm's own signal is turned off.
-    job = Job(slurm, tiny, tmp_path, 60, "--grace=37")
+    job = Job(slurm, tiny, tmp_path, 240, "--grace=37")
     job.command.remove("--grace=3")
     number = job.submit("--time=1", "--signal=B:URG@1", NPROC_PER_NODE="2")
     until(lambda: int(slurm.show(number)["Restarts"]) == 1, job.log, SOON)
     assert job.status()["state"] == "preempted" and 0 < job.status()["done"] < 60
     slurm.call("scontrol", "update", f"JobId={number}", "TimeLimit=30")
     job.end(number, "COMPLETED")
-    assert job.records() == whole[60]
+    assert job.records() == whole[240]
 
 
 def test_a_signal_that_reaches_the_step_s_first_process_only(
@@ -203,7 +203,7 @@ def test_a_signal_that_reaches_the_step_s_first_process_only(
     slurm_cluster.require()
     slurm = Cluster("proctrack/pgid")
     try:
-        job = Job(slurm, tiny, tmp_path, 60)
+        job = Job(slurm, tiny, tmp_path, 240)
         number = job.submit("--no-requeue", "--nodes=2")
         job.midway(number)
         slurm.call("scancel", "--signal=TERM", number)
@@ -217,7 +217,7 @@ def test_a_signal_that_reaches_the_step_s_first_process_only(
 def test_an_array_loses_a_task_requeues_one_and_is_joined_late(
     slurm: Cluster, tiny: str, whole: dict[int, list[str]], tmp_path: Path
 ) -> None:
-    job = Job(slurm, tiny, tmp_path, 60, "--lease_timeout=4", "--log_every=1")
+    job = Job(slurm, tiny, tmp_path, 240, "--lease_timeout=4", "--log_every=1")
     array = job.submit("--array=0-1", script=ARRAY)
     tasks = [f"{array}_{i}" for i in range(2)]
     for task in tasks:
@@ -236,7 +236,7 @@ def test_an_array_loses_a_task_requeues_one_and_is_joined_late(
         job.end(task, "COMPLETED")
         assert job.status(f"out.jsonl.task-{task}.status.json")["state"] == "completed"
     assert job.status()["state"] == "completed"
-    assert job.records() == whole[60]
+    assert job.records() == whole[240]
     assert not list(tmp_path.glob("out.jsonl.part*")) and not (tmp_path / "out.jsonl.leases").exists()
 
 
