@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from llama_dist.config import RunConfig
 from llama_dist.errors import LlamaDistError
 from llama_dist.frontend.bench.results import Results
@@ -81,5 +83,7 @@ def ourselves(options: BenchOptions, ranks: int, work: Sequence[str]) -> Results
     with tempfile.TemporaryDirectory(prefix="llama_dist-bench-") as folder:
         path = Path(folder) / "results.json"
         command = [sys.executable, "-m", *launcher, "llama_dist", "bench", *words_of(options, work), f"--json={path}"]
-        run_child(command)
+        # Ranks share the threads that one process has here; torchrun's own default is one each.
+        env = {} if ranks == 1 else {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // ranks))}
+        run_child(command, env)
         return Results.from_json(json.loads(path.read_text()))
