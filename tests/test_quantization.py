@@ -108,12 +108,11 @@ def test_other_names_are_refused() -> None:
 
 def perplexity(quantization: str | None) -> float:
     """Of the real model over the licence, 512 tokens at a time."""
-    options = {"max_seq_len": 512, "max_batch_size": 1, "dtype": "bfloat16", "quantization": quantization}
+    options = {"max_seq_len": 513, "max_batch_size": 1, "dtype": "bfloat16", "quantization": quantization}
     session = open_for(Ask(str(assets.smollm2_gguf()), [], 0, options))
     ids = session.tokenizer.encode(LICENCE.read_text(), bos=False, eos=False)
     pieces = [ids[start : start + 512] for start in range(0, len(ids), 512)]
-    asked = Ask("", pieces, 0, params={"logprobs": False, "echo": False, "prompt_logprobs": True})
-    scores = [x for _, logprobs, _ in answer(session, asked) for x in logprobs[1:]]
+    scores = [x for _, logprobs, _ in answer(session, Ask("", pieces, 1)) for x in logprobs[1:-1]]
     return math.exp(-sum(scores) / len(scores))
 
 

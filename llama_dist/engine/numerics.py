@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from llama_dist.engine.sampler import log_softmax
 from llama_dist.kernels import attention as pages
+from llama_dist.kernels import triton_here
 from llama_dist.kernels.build import build_name
 from llama_dist.kernels.linear import compiled
 from llama_dist.kernels.steady import steady
@@ -24,6 +26,7 @@ from llama_dist.quant.packed import Packed
 from llama_dist.quant.scheme import BLOCK
 
 COLUMNS = 1024  # of a weight, so that a large one takes no longer
+LOGITS = 5003  # odd, so that rows begin anywhere
 ROWS = 40
 CUTS = ((0, 1), (39, 40), (5, 7), (2, 5), (7, 14), (8, 24))
 """Rows that are computed by themselves as well."""
@@ -33,7 +36,11 @@ def numeric_mode(dtype: torch.dtype, quantization: str | None, device: torch.dev
     """What the bits of a reproducible result depend on, beside the weights: one line."""
     numbers = str(dtype).removeprefix("torch.") + (f" with {quantization} weights" if quantization else "")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    kernels = build_name() if compiled(torch.empty(0, dtype=dtype, device=device)) else "torch's kernels"
+    like, kernels = torch.empty(0, dtype=dtype, device=device), "torch's kernels"
+    if compiled(like):
+        kernels = build_name()
+    elif triton_here.serves(like):
+        kernels = triton_here.build_name()
     return f"{numbers} on {where}, {kernels}, {n_units} units, torch {torch.__version__}"
 
 
@@ -104,10 +111,10 @@ def _attention_fault(model: Transformer) -> bool:
     n_pages = -(-ROWS // page)
     keys = _numbers(model.n_local_kv_heads, n_pages * page, size, like=model.norm.weight)
     q = _numbers(ROWS, heads, size, like=keys)
-    tables = torch.arange(n_pages, dtype=torch.int32)[None]
+    tables = torch.arange(n_pages, dtype=torch.int32, device=q.device)[None]
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        first, count = (torch.tensor([n], dtype=torch.int32) for n in (start, stop - start))
+        first, count = (torch.tensor([n], dtype=torch.int32, device=q.device) for n in (start, stop - start))
         return pages.attend(q[start:stop], keys, keys, tables, first, count, layer.reads)
 
     return any(not torch.equal(rows(start, stop), rows(0, ROWS)[start:stop]) for start, stop in CUTS)
@@ -116,6 +123,8 @@ def _attention_fault(model: Transformer) -> bool:
 def find_unsteady(model: Transformer) -> str | None:
     """What on this machine gives a row other bits beside other rows; None where the promise holds."""
     weight = model.norm.weight
+    if weight.device.type == "cuda" and not triton_here.serves(weight):
+        return "cuBLAS, which serves without Triton,"  # its kernels vary with shapes; a few that agree prove nothing
     for name, module in _products(model):
         fault = _column_fault if isinstance(module, ColumnParallelLinear) else _row_fault
         # A rank past the last unit has no columns to sum.
@@ -124,9 +133,11 @@ def find_unsteady(model: Transformer) -> str | None:
     if _attention_fault(model):
         return "attention"
     wide = _numbers(ROWS, 37, like=weight)
+    logits = _numbers(ROWS, min(model.config.vocab_size, LOGITS), like=weight).float()
     checks: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]] = {
         "silu": (lambda x: steady(F.silu, x), wide),
         "the norm": (model.norm, _numbers(ROWS, weight.shape[0], like=weight)),
-        "log_softmax": (lambda x: torch.stack([row.log_softmax(0) for row in x]), wide.float()),
+        "the angles' cosine": (lambda x: steady(torch.cos, x), wide.float()),
+        "log_softmax": (lambda x: torch.stack([log_softmax(row) for row in x]), logits),
     }
     return next((name for name, (function, x) in checks.items() if not _alike(function, x)), None)

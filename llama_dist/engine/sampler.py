@@ -79,10 +79,16 @@ def _ranked(scaled: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor
     return _by_probability(probs, torch.arange(len(probs), device=probs.device))
 
 
+def _before(probs: torch.Tensor) -> torch.Tensor:
+    """The sum of the probabilities before each, on the CPU: a GPU adds in another order every time."""
+    probs = probs.cpu()
+    return probs.cumsum(0) - probs
+
+
 def nucleus(scaled: torch.Tensor, top_p: float) -> torch.Tensor:
     """The ids that `top_p` keeps of one row of logits [vocab] (float64, temperature applied), likeliest first."""
     probs, ids = _ranked(scaled, HEAD)
-    stays = probs.cumsum(0) - probs <= top_p
+    stays = _before(probs) <= top_p
     kept = int(stays.sum())
     if kept == len(probs) < len(scaled):  # the head is not enough
         return nucleus_of(*_ranked(scaled, len(scaled)), top_p)
@@ -91,7 +97,7 @@ def nucleus(scaled: torch.Tensor, top_p: float) -> torch.Tensor:
 
 def nucleus_of(probs: torch.Tensor, ids: torch.Tensor, top_p: float) -> torch.Tensor:
     """`nucleus` of ranked probabilities that need not sum to 1 before it."""
-    return ids[: int((probs.cumsum(0) - probs <= top_p).sum())]
+    return ids[: int((_before(probs) <= top_p).sum())]
 
 
 def candidates(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
@@ -133,13 +139,18 @@ def sample(logits: torch.Tensor, params: SamplingParams, seed: int, position: in
     return sample_top_p(logits, params.temperature, params.top_p, seed, position, params.top_k, params.min_p)
 
 
+def log_softmax(row: torch.Tensor) -> torch.Tensor:
+    """Of one row [vocab] float32. On a GPU the order of its sum depends on where in memory it begins: it is moved."""
+    return (row.clone() if row.device.type == "cuda" else row).log_softmax(0)
+
+
 def logprobs_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Natural log of the unscaled model distribution: logits [n, vocab] float32, ids [n] -> [n]."""
     # A row at a time: what threads share of a larger tensor decides in which order a row is summed.
-    return torch.stack([row.log_softmax(0)[i] for row, i in zip(logits, ids, strict=True)])
+    return torch.stack([log_softmax(row)[i] for row, i in zip(logits, ids, strict=True)])
 
 
 def top_logprobs_of(logits: torch.Tensor, n: int) -> list[tuple[int, float]]:
     """(id, logprob) of the `n` likeliest tokens of a row [vocab], likeliest first, ties by rising id."""
     _, ids = _by_probability(*logits.topk(min(n, len(logits))))
-    return list(zip(ids.tolist(), logits.log_softmax(0)[ids].tolist(), strict=True))
+    return list(zip(ids.tolist(), log_softmax(logits)[ids].tolist(), strict=True))

@@ -206,7 +206,8 @@ def refuse_unsteady(model: Transformer, world: World) -> None:
         if what is not None:
             raise ConfigError(
                 f"--reproducible cannot be kept on rank {rank}: {what} gives a row other bits beside other rows there; "
-                "install g++ for the project's own kernels, or go without --reproducible"
+                f"install {'Triton' if world.device.type == 'cuda' else 'g++'} for the project's own kernels, "
+                "or go without --reproducible"
             )
     log.info("reproducible: rows keep their bits here (checked in %.2f s)", time.monotonic() - began)
 

@@ -1,4 +1,4 @@
-"""Attention over the pages of the cache: C++ whose rows do not depend on the batch, and its twin in torch's own."""
+"""Attention over the pages of the cache: C++ and Triton, whose rows do not depend on the batch, and their twin."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ctypes import c_int, c_long, c_void_p
 import torch
 import torch.nn.functional as F
 
-from llama_dist.kernels import build
+from llama_dist.kernels import build, triton_here
 
 PAGE_SIZE = 16  # tokens
 MAX_HEAD_DIM = 256
@@ -28,6 +28,21 @@ def compiled_for(q: torch.Tensor) -> bool:
     return fits and _compiled() is not None
 
 
+def _triton_for(q: torch.Tensor) -> bool:
+    return q.shape[-1] <= MAX_HEAD_DIM and triton_here.serves(q)
+
+
+def paged(q: torch.Tensor) -> bool:
+    """Whether a kernel of either kind computes the attention of such queries: all spans at once, by their pages."""
+    return compiled_for(q) or _triton_for(q)
+
+
+def _check(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    head_dim = q.shape[2]
+    assert q.stride()[1:] == (head_dim, 1) and keys.stride() == values.stride(), "rows of heads in one piece"
+    assert keys.stride()[1:] == (head_dim, 1) and keys.dtype == values.dtype == q.dtype, "keys like the queries"
+
+
 def attend(
     q: torch.Tensor,
     keys: torch.Tensor,
@@ -42,17 +57,22 @@ def attend(
 
     q [n, heads, head_dim], of any row stride: the lengths[i] tokens of span i from position starts[i] on, spans laid
     end to end; keys, values [kv_heads, slots, head_dim], the tokens' own included; tables [spans, pages] the pages of
-    PAGE_SIZE slots in which each span's sequence lies; of_query [heads] the KV head that a head reads. The four of
-    tables, starts, lengths and of_query are int32 on the CPU. With a window a query sees that many keys, itself the
-    last.
+    PAGE_SIZE slots in which each span's sequence lies; of_query [heads] the KV head that a head reads, rising. These
+    four are int32; tables, starts and lengths lie where the queries do, of_query on the CPU. With a window a query sees
+    that many keys, itself the last.
 
-    In C++ a row's bits depend on its query, its keys and their number alone. IndexError if a page is not in the cache.
+    In C++ and Triton a row's bits depend on its query, its keys and their number alone. If a page is not in the cache:
+    IndexError on a CPU, rows of NaN on a GPU, for which nobody waits here.
     """
     if not compiled_for(q):
+        if _triton_for(q):
+            from llama_dist.kernels import triton_attention
+
+            _check(q, keys, values)
+            return triton_attention.attend(q, keys, values, tables, starts, lengths, of_query, window, PAGE_SIZE)
         return attend_twin(q, keys, values, tables, starts, lengths, of_query, window)
     n, heads, head_dim = q.shape
-    assert q.stride()[1:] == (head_dim, 1) and keys.stride() == values.stride(), "rows of heads in one piece"
-    assert keys.stride()[1:] == (head_dim, 1) and keys.dtype == values.dtype == q.dtype, "keys like the queries"
+    _check(q, keys, values)
     small = (tables, starts, lengths, of_query)
     assert all(t.dtype == torch.int32 and t.is_contiguous() and t.device.type == "cpu" for t in small), "int32, packed"
     out = torch.empty((n, heads * head_dim), dtype=q.dtype)
@@ -95,7 +115,7 @@ def attend_twin(
     """`attend` a span at a time, in torch's operations and their summation order."""
     parts = []
     of_head = of_query.long().to(keys.device)
-    spans = zip(tables.long(), starts.tolist(), torch.split(q, lengths.tolist()), strict=True)
+    spans = zip(tables.long().cpu(), starts.tolist(), torch.split(q, lengths.tolist()), strict=True)
     for table, start, rows in spans:
         stop = start + len(rows)
         first = max(0, start - window + 1) if window else 0  # the first key any of the queries sees

@@ -1,8 +1,8 @@
 """Products whose sums have a fixed order: y = x W^T, and its partial sums by unit.
 
-On a CPU with the C++ kernels an entry of y has the same bits whatever rows and columns are computed beside it, on any
-number of threads. Without them torch's own product serves, with x filled up to a fixed number of rows; whether that
-keeps the promise is for a check on the machine to say.
+On a CPU with the C++ kernels, and on a GPU with those in Triton, an entry of y has the same bits whatever rows and
+columns are computed beside it, on any number of threads. Without them torch's own product serves, with x filled up to a
+fixed number of rows; whether that keeps the promise is for a check on the machine to say.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llama_dist.kernels import build
+from llama_dist.kernels import build, triton_here
 from llama_dist.kernels.tree import merge, roots
 
 AVX512_BF16 = 2  # what the kernels call a processor that multiplies bfloat16 itself
@@ -102,6 +102,10 @@ def linear(
     if compiled(x):
         y = torch.empty(x.shape[0], w.shape[0], dtype=dtype or x.dtype)
         return _run(x, w, bias, y, max(1, x.shape[1]), 0)
+    if triton_here.serves(x):
+        from llama_dist.kernels import triton_linear
+
+        return triton_linear.linear(x, w, bias, dtype)
     return linear_twin(x, w, bias).to(dtype or x.dtype)
 
 
@@ -121,6 +125,10 @@ def unit_sums(x: torch.Tensor, w: torch.Tensor, unit: int, first: int) -> torch.
     if compiled(x):
         y = torch.empty(len(roots(first, n_units)), x.shape[0], w.shape[0], dtype=torch.float32)
         return _run(x, w, None, y, unit, first) if n_units else y
+    if triton_here.serves(x):
+        from llama_dist.kernels import triton_linear
+
+        return triton_linear.unit_sums(x, w, unit, first)
     return unit_sums_twin(x, w, unit, first)
 
 

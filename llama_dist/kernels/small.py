@@ -1,4 +1,4 @@
-"""The small operations between the matrix products, C++ a row at a time, and their twins in torch's own."""
+"""The small operations between the matrix products, C++ or Triton a row at a time, and their twins in torch's own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llama_dist.kernels import build
+from llama_dist.kernels import build, triton_here
 from llama_dist.kernels.steady import steady
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -47,6 +47,10 @@ def _rows(*tensors: torch.Tensor) -> None:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [n, dim], of any row stride, over the root of its mean square, rounded, times weight [dim]."""
     if not compiled_for(x):
+        if triton_here.serves(x):
+            from llama_dist.kernels import triton_rows
+
+            return triton_rows.rms_norm(x, weight, eps)
         return rms_norm_twin(x, weight, eps)
     _rows(x)
     assert weight.dtype == x.dtype and weight.is_contiguous(), "a weight like the rows"
@@ -68,6 +72,10 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + y, both [n, dim], in their type, and the `rms_norm` of that sum."""
     if not compiled_for(x):
+        if triton_here.serves(x):
+            from llama_dist.kernels import triton_rows
+
+            return triton_rows.add_rms_norm(x, y, weight, eps)
         total = x + y
         return total, rms_norm_twin(total, weight, eps)
     _rows(x, y)
@@ -142,6 +150,10 @@ def silu_mul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     (units in the last place) from it.
     """
     if not compiled_for(a):
+        if triton_here.serves(a):
+            from llama_dist.kernels import triton_rows
+
+            return triton_rows.silu_mul(a, b)
         return silu_mul_twin(a, b)
     _rows(a, b)
     n, dim = a.shape

@@ -40,8 +40,8 @@ class Batch:
     lengths: torch.Tensor  # [n]
     slots: torch.Tensor  # [n]
     spans: tuple[Span, ...]
-    tables: torch.Tensor  # [spans, pages] int32: the pages of each span's sequence, on the CPU
-    starts: torch.Tensor  # [spans] int32, on the CPU; so too how many tokens each span has
+    tables: torch.Tensor  # [spans, pages] int32: the pages of each span's sequence
+    starts: torch.Tensor  # [spans] int32; so too how many tokens each span has
     counts: torch.Tensor
     page_size: int
 
@@ -79,6 +79,7 @@ def make_batch(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device,
     tables = torch.tensor([[*pages, *[0] * (most - len(pages))] for pages in held], dtype=torch.int32)
     starts = torch.tensor([span.start for span in spans], dtype=torch.int32)
     counts = torch.tensor([span.length for span in spans], dtype=torch.int32)
+    tables, starts, counts = (t.to(device) for t in (tables, starts, counts))
     return Batch(packed[0], packed[1], packed[2], packed[3], spans, tables, starts, counts, page_size)
 
 

@@ -17,12 +17,16 @@ T = TypeVar("T")
 
 
 class Asker:
-    """Asks over a connection of its own, one question at a time. While one is still unanswered no other is asked."""
+    """Asks over a connection of its own, one question at a time. While one is still unanswered no other is asked.
+
+    Several threads may ask; each waits for its turn.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store: Any = store.clone()  # type: ignore[attr-defined]
         self._store.set_timeout(timedelta(seconds=ANSWER))
         self._thread: threading.Thread | None = None
+        self._turn = threading.Lock()
         self.gone = False
         """The last question found no store: the process that keeps it has ended."""
 
@@ -33,8 +37,14 @@ class Asker:
 
     def ask(self, question: Callable[[Any], T], otherwise: T) -> T:
         """What `question` gets from the store; `otherwise` where there is no answer within ANSWER seconds."""
-        if self.frozen:
+        if not self._turn.acquire(timeout=ANSWER):
             return otherwise
+        try:
+            return otherwise if self.frozen else self._ask(question, otherwise)
+        finally:
+            self._turn.release()
+
+    def _ask(self, question: Callable[[Any], T], otherwise: T) -> T:
         answers: list[T] = []
 
         def ask() -> None:
@@ -46,7 +56,8 @@ class Asker:
                 self.gone = "timeout" not in str(err).lower() and "timed out" not in str(err)
                 log.debug("store: %s", err)
 
-        self._thread = threading.Thread(target=ask, daemon=True)
-        self._thread.start()
-        self._thread.join(ANSWER)
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        self._thread = thread
+        thread.join(ANSWER)
         return answers[0] if answers else otherwise

@@ -1,0 +1,107 @@
+"""Products in Triton whose sums have a fixed order: y = x W^T, and its partial sums by unit.
+
+The tile has one size whatever the shapes, and a program sums over K from its beginning to its end: cuBLAS, which picks
+its kernel by shape, may split K for few rows. Rows and columns past the last are zeros. So an entry of y has the same
+bits whatever is computed beside it. Number of rows and columns are kept from the compiler, which might take another
+way for special ones.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from llama_dist.kernels.tree import roots
+
+TILE = 64  # rows and columns
+DEPTH = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}  # entries of K loaded at a time: 128 bytes
+FUSED = True  # multiply and add in one rounding, whatever Triton's default is
+SCRATCH = 2**24  # numbers of partial products at a time
+
+
+@triton.jit(do_not_specialize=("rows", "columns"))  # type: ignore[untyped-decorator]
+def _tiles(
+    x: tl.tensor,
+    w: tl.tensor,
+    bias: tl.tensor,
+    y: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    unit: tl.tensor,
+    x_stride: tl.tensor,
+    w_stride: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> None:
+    """One tile of one plane of y [units, rows, columns]: the product over that unit of x [rows, K], w [columns, K]."""
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    plane = tl.program_id(2).to(tl.int64)
+    x_row = x + row[:, None] * x_stride + plane * unit
+    w_row = w + column[:, None] * w_stride + plane * unit
+    is_row, is_column = (row < rows)[:, None], (column < columns)[:, None]
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, unit, DEPTH):
+        at = start + tl.arange(0, DEPTH)
+        inside = (at < unit)[None, :]
+        a = tl.load(x_row + at[None, :], mask=is_row & inside, other=0.0)
+        b = tl.load(w_row + at[None, :], mask=is_column & inside, other=0.0)
+        total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+    if HAS_BIAS:
+        total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    place = (plane * rows + row[:, None]) * columns + column[None, :]
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=is_row & (column < columns)[None, :])
+
+
+def _run(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, unit: int) -> torch.Tensor:
+    """y [units, M, N], packed, of x [M, K] and w [N, K], K being so many whole units."""
+    assert x.dtype == w.dtype and x.stride(-1) == w.stride(-1) == 1, (x.stride(), w.stride())
+    assert bias is None or bias.is_contiguous()
+    planes, rows, columns = y.shape
+    if y.numel():
+        grid = (triton.cdiv(rows, TILE), triton.cdiv(columns, TILE), planes)
+        _tiles[grid](
+            x,
+            w,
+            w if bias is None else bias,
+            y,
+            rows,
+            columns,
+            unit,
+            x.stride(0),
+            w.stride(0),
+            HAS_BIAS=bias is not None,
+            TILE=TILE,
+            DEPTH=DEPTH[x.dtype],
+            num_warps=4,
+            num_stages=3,
+            enable_fp_fusion=FUSED,
+        )
+    return y
+
+
+def linear(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """As `kernels.linear.linear`: x [M, K] times w [N, K] transposed, plus bias [N] -> [M, N]."""
+    y = torch.empty(1, x.shape[0], w.shape[0], dtype=dtype or x.dtype, device=x.device)
+    return _run(x, w, bias, y, x.shape[1])[0]
+
+
+def unit_sums(x: torch.Tensor, w: torch.Tensor, unit: int, first: int) -> torch.Tensor:
+    """As `kernels.linear.unit_sums`: float32 [roots, M, N]. Units are planes of one product, added up in pairs."""
+    n_units, columns = x.shape[1] // unit, w.shape[0]
+    nodes = roots(first, n_units)
+    sums = torch.empty(len(nodes), x.shape[0], columns, dtype=torch.float32, device=x.device)
+    step = max(TILE, SCRATCH // max(1, n_units * columns))
+    for start in range(0, x.shape[0], step):
+        part = x[start : start + step]
+        planes = torch.empty(n_units, len(part), columns, dtype=torch.float32, device=x.device)
+        _run(part, w, None, planes, unit)
+        for root, held in zip(sums, torch.split(planes, [2**level for level, _ in nodes]), strict=True):
+            while len(held) > 1:
+                held = held[0::2] + held[1::2]
+            root[start : start + step] = held[0]
+    return sums

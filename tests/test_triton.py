@@ -1,0 +1,283 @@
+"""Products, norms and the gate in Triton: near a float64 one, and each entry's bits its own.
+
+By Triton's interpreter where there is no GPU: that sees masks, orders and addresses, but no tensor core.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llama_dist.engine import numerics
+from llama_dist.kernels import linear, small, triton_here
+from llama_dist.kernels.tree import roots, total
+from tests.kernel_cases import askew, same_bits
+from tests.triton_cases import DEVICES, DTYPES, like_a_gpu, need_triton
+
+EPS = 1e-5
+SHAPES = ((1, 1, 1), (3, 70, 33), (70, 5, 100), (130, 66, 192))
+"""Rows, columns, and what is summed."""
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    need_triton(request.param)
+    if request.param == "cuda":
+        yield request.param
+        return
+    with like_a_gpu():
+        yield request.param
+
+
+def draws(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
+
+
+def products() -> Any:
+    from llama_dist.kernels import triton_linear
+
+    return triton_linear
+
+
+def rows() -> Any:
+    from llama_dist.kernels import triton_rows
+
+    return triton_rows
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_near_float64(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> None:
+    x, w, bias = (draws(*shape, dtype=dtype, device=device, seed=i) for i, shape in enumerate([(m, k), (n, k), (n,)]))
+    true = x.double() @ w.double().T + bias.double()
+    found = products().linear(x, w, bias, torch.float32)
+    assert found.dtype == torch.float32
+    size = x.double().abs() @ w.double().abs().T + 1
+    assert float(((found.double() - true).abs() / size).max()) < 4e-6
+    assert same_bits(products().linear(x, w, bias), found.to(dtype))
+
+
+def check_entries(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> None:
+    x, w = draws(m, k, dtype=dtype, device=device), draws(n, k, dtype=dtype, device=device, seed=1)
+    whole = products().linear(x, w)
+    wide = torch.cat([x, x.new_full((m, 3), float("nan"))], dim=1)
+    assert same_bits(products().linear(wide[:, :k], askew(w, 5)), whole)
+    for first, last in ((0, 1), (m - 1, m), (m // 3, m // 3 + 2), (m // 2, m)):
+        assert same_bits(products().linear(x[first:last], w), whole[first:last]), (first, last)
+    for first, last in ((0, 1), (n // 3, n), (n // 2, n // 2 + 3)):
+        assert same_bits(products().linear(x, w[first:last]), whole[:, first:last]), (first, last)
+    x[m // 2] = float("nan")
+    hurt = products().linear(x, w)
+    assert hurt[m // 2].isnan().all()
+    others = [i for i in range(m) if i != m // 2]
+    assert same_bits(hurt[others], whole[others])
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES[2:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_entry_depends_on_its_row_and_column_alone(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> None:
+    check_entries(device, dtype, m, n, k)
+
+
+def check_units(device: str, dtype: torch.dtype, unit: int, n_units: int) -> None:
+    x = draws(70, unit * n_units, dtype=dtype, device=device)
+    w = draws(19, unit * n_units, dtype=dtype, device=device, seed=1)
+    cuts = list(zip(torch.split(x, unit, 1), torch.split(w, unit, 1), strict=True))
+    alone = [products().linear(a.contiguous(), b.contiguous(), dtype=torch.float32) for a, b in cuts]
+    true = total([(0, i) for i in range(n_units)], alone)
+    for parts in (1, 2, 3, n_units):
+        held: list[torch.Tensor] = []
+        nodes = []
+        for part in range(parts):
+            first, stop = part * n_units // parts, (part + 1) * n_units // parts
+            columns = slice(first * unit, stop * unit)
+            held += list(products().unit_sums(x[:, columns], w[:, columns], unit, first))
+            nodes += roots(first, stop - first)
+        assert same_bits(total(nodes, held), true), parts
+
+
+@pytest.mark.parametrize(("unit", "n_units"), [(1, 9), (96, 8), (37, 5)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_units_are_summed_in_the_tree(device: str, dtype: torch.dtype, unit: int, n_units: int) -> None:
+    check_units(device, dtype, unit, n_units)
+
+
+def test_units_of_many_rows_go_in_steps(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = (draws(150, 24, dtype=torch.float32, device=device, seed=i) for i in range(2))
+    whole = products().unit_sums(x, w, 8, 1)
+    assert whole.shape == (2, 150, 150)
+    monkeypatch.setattr(products(), "SCRATCH", 1)
+    assert same_bits(products().unit_sums(x, w, 8, 1), whole)
+
+
+def test_no_units_and_no_rows_are_no_sums(device: str) -> None:
+    x, w = draws(4, 16, dtype=torch.float32, device=device), draws(5, 16, dtype=torch.float32, device=device)
+    assert products().unit_sums(x[:, :0], w[:, :0], 8, 2).shape == (0, 4, 5)
+    assert products().unit_sums(x[:0], w, 8, 0).shape == (1, 0, 5)
+    assert products().linear(x[:0], w).shape == (0, 5)
+    assert rows().rms_norm(x[:0], x[0], EPS).shape == rows().silu_mul(x[:0], x[:0]).shape == (0, 16)
+
+
+BROKEN = ("the order along K", "the order of units", "the number of rows in a norm")
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_broken_is_found(device: str, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    real, norm = products()._run, rows().rms_norm
+
+    def turned(x: torch.Tensor, w: torch.Tensor, bias: Any, y: torch.Tensor, unit: int) -> torch.Tensor:
+        few = len(x) < 16 and len(y) == 1  # as a library may split K where there are few rows
+        return real(x.flip(1), w.flip(1), bias, y, unit) if few else real(x, w, bias, y, unit)
+
+    def few_first(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if len(x) > 8:
+            return norm(x, weight, eps)
+        return small.rms_norm_twin(x.cpu(), weight.cpu(), eps).to(x.device)
+
+    def one_by_one(x: torch.Tensor, w: torch.Tensor, unit: int, first: int) -> torch.Tensor:
+        parts = zip(torch.split(x, unit, 1), torch.split(w, unit, 1), strict=True)
+        return torch.stack([sum(products().linear(a, b, dtype=torch.float32) for a, b in parts)])
+
+    if what == "the order along K":
+        monkeypatch.setattr(products(), "_run", turned)
+        with pytest.raises(AssertionError):
+            check_entries(device, torch.float32, *SHAPES[2])
+    elif what == "the order of units":
+        monkeypatch.setattr(products(), "unit_sums", one_by_one)
+        with pytest.raises(AssertionError, match=r"^1"):
+            check_units(device, torch.float32, 96, 8)
+    else:
+        monkeypatch.setattr(rows(), "rms_norm", few_first)
+        with pytest.raises(AssertionError):
+            check_rows(device, "rms_norm", torch.float32, 2049)
+
+
+def apply(name: str, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if name == "rms_norm":
+        return rows().rms_norm(x, weight, EPS)  # type: ignore[no-any-return]
+    if name == "add_rms_norm":
+        return torch.cat(rows().add_rms_norm(x, y, weight, EPS), dim=1)
+    return rows().silu_mul(x, y)  # type: ignore[no-any-return]
+
+
+def check_rows(device: str, name: str, dtype: torch.dtype, dim: int) -> None:
+    x, y = (draws(20, dim, dtype=dtype, device=device, seed=i) for i in range(2))
+    weight = draws(dim, dtype=dtype, device=device, seed=2)
+    whole = apply(name, x, y, weight)
+    for first, last, offset in ((0, 1, 1), (19, 20, 3), (7, 12, 8)):
+        part = apply(name, askew(x[first:last], offset), askew(y[first:last], 2), askew(weight, offset))
+        assert same_bits(part, whole[first:last])
+    fused = torch.cat([x, y], dim=1)
+    assert same_bits(apply(name, fused[:, :dim], fused[:, dim:], weight), whole)
+
+
+@pytest.mark.parametrize("dim", [2, 576, 2049])
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "silu_mul"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_of_a_row_are_its_own(device: str, dtype: torch.dtype, name: str, dim: int) -> None:
+    check_rows(device, name, dtype, dim)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_and_gate_are_the_twins(device: str, dtype: torch.dtype) -> None:
+    x, y = (draws(9, 576, dtype=dtype, device=device, seed=i) for i in range(2))
+    weight = draws(576, dtype=dtype, device=device, seed=2)
+    step = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-21}[dtype]
+    close = {"rtol": 2 * step, "atol": step / 100}  # two roundings to the type
+    torch.testing.assert_close(rows().rms_norm(x, weight, EPS), small.rms_norm_twin(x, weight, EPS), **close)
+    both, out = rows().add_rms_norm(x, y, weight, EPS)
+    assert same_bits(both, x + y)
+    assert same_bits(out, rows().rms_norm(x + y, weight, EPS))
+    torch.testing.assert_close(rows().silu_mul(x, y), small.silu_mul_twin(x, y), **close)
+    ends = torch.tensor([[-1e4, -89.0, 0.0, 89.0, 1e4, float("nan")]], dtype=dtype, device=device)
+    found = rows().silu_mul(ends, torch.ones_like(ends))
+    torch.testing.assert_close(found, F.silu(ends), rtol=step, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gpu_is_served(dtype: torch.dtype) -> None:
+    x, w = (draws(20, 64, dtype=dtype, device="cuda", seed=i) for i in range(2))
+    assert triton_here.serves(x)
+    assert same_bits(linear.linear(x, w), products().linear(x, w))
+    assert "Triton kernels" in numerics.numeric_mode(dtype, None, x.device, 8)
+
+
+def _cuda_model() -> Any:
+    weight = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    return SimpleNamespace(norm=SimpleNamespace(weight=weight))
+
+
+def test_without_triton_cuda_makes_no_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_here, "_works", lambda device, dtype: False)
+    found = numerics.find_unsteady(_cuda_model())
+    assert found is not None and "without Triton" in found
+
+
+def test_a_missing_or_wrong_triton_does_not_serve(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    caplog.set_level("INFO")
+    works = triton_here._works.__wrapped__
+    name = "llama_dist.kernels.triton_linear"
+    monkeypatch.setitem(sys.modules, name, None)
+    assert not works(torch.device("cpu"), torch.float32)
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(linear=lambda x, w: x * 2))
+    assert not works(torch.device("cpu"), torch.float32)
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(linear=lambda x, w: x @ w))
+    assert works(torch.device("cpu"), torch.float32)
+    assert [record.message[:66] for record in caplog.records] == [
+        "computing with torch's own operations: Triton does not serve: impo",
+        "computing with torch's own operations: Triton does not serve: its ",
+    ]
+
+
+COMPILE = """
+import re, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from llama_dist.kernels import triton_attention, triton_linear, triton_rows
+
+def made(kernel, arch, constants, aligned, n_warps):
+    pointers = ("a", "b", "x", "y", "w", "q", "keys", "values", "out", "bias", "weight", "total")
+    lists = ("tables", "starts", "lengths", "readers")
+    kinds = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(lists, "*i32") | {"scale": "fp32", "eps": "fp32"}
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": n_warps, "num_stages": 2, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
+
+tiles = {"HAS_BIAS": True, "TILE": triton_linear.TILE, "DEPTH": 64}
+spans = {"SIZE": 64, "WIDTH": 64, "PAGE": 16, "ROWS": 64, "KEYS": triton_attention.KEYS, "LISTED": 128}
+for arch, tensor_core in ((80, "mma.sync.aligned.m16n8k16"), (90, "wgmma.mma_async.sync.aligned.m64n")):
+    texts = [
+        made(triton_linear._tiles, arch, tiles, ("x", "w", "y", "unit", "x_stride", "w_stride"), 4),
+        made(triton_attention._spans, arch, spans, ("q", "keys", "values", "out", "cache_stride"), 4),
+        made(triton_rows._norm, arch, {"ADD": True, "WIDTH": 1024}, (), 4),
+        made(triton_rows._gate, arch, {"BLOCK": 1024}, (), 4),
+    ]
+    assert all(tensor_core in text for text in texts[:2]), arch
+    assert not any(re.search(r"\\b(atom|red)\\.", text) for text in texts), arch  # sums that come in any order
+print("compiled")
+"""
+
+
+@pytest.mark.slow
+def test_they_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+    need_triton("cpu" if not torch.cuda.is_available() else "cuda")
+    root = Path(__file__).resolve().parent.parent
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout) == (0, "compiled\n"), done.stderr[-2000:]
