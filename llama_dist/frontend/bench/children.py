@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,8 @@ from llama_dist.frontend.options import BenchOptions
 
 log = logging.getLogger("llama_dist")
 SECONDS = 3600.0  # for a child that hangs
+PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(None).prctl
 
 
 class ChildFailed(LlamaDistError):
@@ -47,6 +51,10 @@ def last_words(stderr: str) -> str:
     return (told or lines or ["it said nothing"])[-1][:300]
 
 
+def _die_with_parent() -> None:
+    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def run_child(command: Sequence[str], env: Mapping[str, str] | None = None) -> str:
     """Its stdout. ChildFailed where it ends otherwise than with 0, or not at all."""
     log.debug("starting %s", " ".join(command))
@@ -58,6 +66,7 @@ def run_child(command: Sequence[str], env: Mapping[str, str] | None = None) -> s
             text=True,
             errors="replace",
             timeout=SECONDS,
+            preexec_fn=_die_with_parent,
             env={**os.environ, **(env or {})},
         )
     except (OSError, subprocess.TimeoutExpired) as err:
