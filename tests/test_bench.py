@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -310,3 +311,26 @@ def test_a_model_of_no_such_shape_leaves_the_checkpoint_path_alone(checkpoint: S
     found = options(f"--ckpt_dir={folder}")
     checked = check(found.run, found)
     assert checked.max_seq_len == open_checkpoint(folder).config.max_position
+
+
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    child = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid()) + '.'); time.sleep(300)"
+    code = f"from llama_dist.frontend.bench.children import run_child; run_child([{sys.executable!r}, '-c', {child!r}])"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not (pid_file.exists() and pid_file.read_text().endswith(".")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pid = int(pid_file.read_text().rstrip("."))
+    parent.kill()
+    parent.wait()
+    while Path(f"/proc/{pid}").exists() and _state(pid) != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists() or _state(pid) == "Z"
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return "Z"

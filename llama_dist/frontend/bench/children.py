@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 from llama_dist.config import RunConfig
 from llama_dist.errors import LlamaDistError
@@ -19,6 +23,8 @@ from llama_dist.frontend.options import BenchOptions
 
 log = logging.getLogger("llama_dist")
 SECONDS = 3600.0  # for a child that hangs
+PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(None).prctl
 
 
 class ChildFailed(LlamaDistError):
@@ -45,6 +51,10 @@ def last_words(stderr: str) -> str:
     return (told or lines or ["it said nothing"])[-1][:300]
 
 
+def _die_with_parent() -> None:
+    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def run_child(command: Sequence[str], env: Mapping[str, str] | None = None) -> str:
     """Its stdout. ChildFailed where it ends otherwise than with 0, or not at all."""
     log.debug("starting %s", " ".join(command))
@@ -56,6 +66,7 @@ def run_child(command: Sequence[str], env: Mapping[str, str] | None = None) -> s
             text=True,
             errors="replace",
             timeout=SECONDS,
+            preexec_fn=_die_with_parent,
             env={**os.environ, **(env or {})},
         )
     except (OSError, subprocess.TimeoutExpired) as err:
@@ -81,5 +92,7 @@ def ourselves(options: BenchOptions, ranks: int, work: Sequence[str]) -> Results
     with tempfile.TemporaryDirectory(prefix="llama_dist-bench-") as folder:
         path = Path(folder) / "results.json"
         command = [sys.executable, "-m", *launcher, "llama_dist", "bench", *words_of(options, work), f"--json={path}"]
-        run_child(command)
+        # Ranks share the threads that one process has here; torchrun's own default is one each.
+        env = {} if ranks == 1 else {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // ranks))}
+        run_child(command, env)
         return Results.from_json(json.loads(path.read_text()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import importlib.util
 import json
 from collections.abc import Callable
@@ -84,6 +85,7 @@ def work(options: BenchOptions, run: RunConfig, checked: Checked) -> int:
     leave(world)
     if options.scale and size == 1:
         del player, session  # the memory is for those to come
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         results = dataclasses.replace(results, series=[*results.series, *ranks_series(options, most_ranks(device))])
