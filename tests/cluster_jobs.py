@@ -14,7 +14,7 @@ from typing import Any
 from tests.fault_ranks import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
-LINES = 36
+LINES = 120  # so many that a fast machine takes seconds, and there is time to break the job
 
 
 class Job:
@@ -26,7 +26,7 @@ class Job:
         source, dice = folder / "in.jsonl", random.Random(7)
         with source.open("w") as f:
             for i in range(LINES):
-                line = {"custom_id": f"c{i}", "prompt": "to be or not " * dice.randint(1, 3), "max_tokens": 16}
+                line = {"custom_id": f"c{i}", "prompt": "to be or not " * dice.randint(1, 3), "max_tokens": 24}
                 f.write(json.dumps({**line, "ignore_eos": True, "seed": i, "temperature": i % 2}) + "\n")
         files = [f"--ckpt_dir={checkpoint}", f"--input_file={source}", f"--output_file={self.output}"]
         sizes = ["--max_seq_len=96", "--max_batch_size=4", "--dtype=float32", "--device=cpu"]

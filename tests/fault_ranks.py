@@ -79,7 +79,7 @@ def plant(fault: Fault, mark: Path) -> None:
         if self.ticks == fault.tick and fault.kind != "other":
             act()
         if fault.kind in ("term", "twice"):
-            time.sleep(0.01 if fault.kind == "term" else 0.05)
+            time.sleep(0.05)  # the job must last until the signal is heeded
         return step(self, *args)
 
     def other_token(self: Engine, *args: Any) -> int:

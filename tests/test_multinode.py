@@ -53,7 +53,7 @@ def launch(nodes: netns.Nodes, job: Job, ranks: dict[int, int], *words: str) -> 
     ]
 
 
-def codes(started: list[subprocess.Popen[str]], within: float = 60) -> list[int]:
+def codes(started: list[subprocess.Popen[str]], within: float = 120) -> list[int]:
     return [process.wait(within) for process in started]
 
 
