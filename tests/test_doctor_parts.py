@@ -18,7 +18,7 @@ from llama_dist.frontend.doctor.files import checkpoint_files, look, mount_of, p
 from llama_dist.frontend.doctor.here import attempt
 from llama_dist.parallel.launch import Launch
 from llama_dist.parallel.reach import await_port, clock_offset, connect_all, listen, own_address
-from llama_dist.parallel.roll import Roll, state_of
+from llama_dist.parallel.roll import Roll, state_in, state_of
 from llama_dist.parallel.watch import Card, my_card
 from tests.conftest import Saver
 
@@ -66,6 +66,14 @@ def test_two_processes_of_one_rank_are_refused() -> None:
     Roll(store, 1, 2).enter()
     with pytest.raises(ConfigError, match="two processes came as rank 1 of 2"):
         Roll(store, 1, 2).enter()
+
+
+@pytest.mark.parametrize(
+    ("letter", "flags", "state"),
+    [("S", 0x400000, "running"), ("T", 0, "stopped"), ("D", 0, "blocked"), ("Z", 0, "gone"), ("R", 0x400004, "gone")],
+)
+def test_what_the_kernel_says_of_a_process(letter: str, flags: int, state: str) -> None:
+    assert state_in(f"17 (a) name) {letter} 1 17 17 0 -1 {flags} 150 0 0") == state
 
 
 def test_the_state_of_a_process() -> None:

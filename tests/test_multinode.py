@@ -53,6 +53,10 @@ def launch(nodes: netns.Nodes, job: Job, ranks: dict[int, int], *words: str) -> 
     ]
 
 
+def running(job: Job, started: list[subprocess.Popen[str]]) -> None:
+    job.wait_for_results(lambda: all(process.poll() is None for process in started))
+
+
 def codes(started: list[subprocess.Popen[str]], within: float = 120) -> list[int]:
     return [process.wait(within) for process in started]
 
@@ -69,8 +73,7 @@ def test_a_node_dies_and_the_job_is_finished(
 ) -> None:
     """Node 0 keeps torchrun's stores and rank 0. After the one death both nodes go on, after the other a single one."""
     job, other = Job(tiny, tmp_path), 1 - victim
-    launch(nodes, job, {0: 1, 1: 1})
-    job.wait_for_results(lambda: bool(nodes.pids(0) and nodes.pids(1)))
+    running(job, launch(nodes, job, {0: 1, 1: 1}))
     nodes.kill(victim)
     nodes.ended(other, within=15)
     (said,) = errors(log(job, other).read_text())
@@ -90,9 +93,10 @@ def test_a_cut_cable_ends_both_sides(nodes: netns.Nodes, tiny: Path, tmp_path: P
     Machines numbered by hand need torchrun's store no more once the ranks are up, so torchrun ends on both sides too.
     """
     job = Job(tiny, tmp_path, 5)
+    started = []
     for node in (0, 1):
-        launch(nodes, job, {node: 1}, "--nnodes=2", *([f"--node_rank={node}"] if numbered else []))
-    job.wait_for_results(lambda: bool(nodes.pids(0) and nodes.pids(1)))
+        started += launch(nodes, job, {node: 1}, "--nnodes=2", *([f"--node_rank={node}"] if numbered else []))
+    running(job, started)
     nodes.cut(1)
     for node in (0, 1):
         (nodes.ended if numbered else nodes.ranks_ended)(node, within=20)
@@ -110,7 +114,7 @@ def test_told_to_stop_and_finished_on_three_nodes(
     job = Job(tiny, tmp_path)
     started = [*launch(nodes, job, {0: 1}, "--nnodes=2", "--node_rank=0")]
     started += launch(nodes, job, {1: 1}, "--nnodes=2", "--node_rank=1")
-    job.wait_for_results(lambda: bool(nodes.pids(0) and nodes.pids(1)))
+    running(job, started)
     nodes.signal(1, "multinode.sh", signal.SIGTERM)
     assert codes(started) == [75, 75], logs(job)
     assert job.status()["state"] == "preempted"

@@ -20,6 +20,7 @@ from llama_dist.parallel.watch import Card
 
 LOOK_FIRST, LOOK_MOST = 0.01, 0.2  # seconds between two looks into the store
 SLACK = 3.0  # seconds more that the others wait for rank 0's word
+EXITING = 4  # a flag of the kernel's, PF_EXITING
 MANY = 64  # ranks whose values are asked for at once
 
 
@@ -133,7 +134,14 @@ def state_of(card: Card, mine: Card) -> str | None:
     if card.space != mine.space:
         return None
     try:
-        letter = Path(f"/proc/{card.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state_in(Path(f"/proc/{card.pid}/stat").read_text())
     except OSError:
         return "gone"
-    return {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped", "D": "blocked"}.get(letter, "running")
+
+
+def state_in(stat: str) -> str:
+    """The same from a line of /proc/PID/stat (proc(5)). What is on its way out counts as gone, which may take a while."""
+    fields = stat.rpartition(")")[2].split()  # from the third field on, the state
+    if int(fields[6]) & EXITING:
+        return "gone"
+    return {"Z": "gone", "X": "gone", "T": "stopped", "t": "stopped", "D": "blocked"}.get(fields[0], "running")
