@@ -16,6 +16,8 @@ from llama_dist.errors import ConfigError
 from llama_dist.model import attention, transformer
 from llama_dist.parallel import layers
 from llama_dist.parallel.launch import read_launch
+from llama_dist.quant.pack import unpack
+from llama_dist.quant.packed import Packed
 from tests.engine_jobs import Prompts, Row, Run, answer_all, engine_for
 
 WAYS: dict[str, Run] = {
@@ -39,6 +41,13 @@ def prompts(n: int, vocab: int) -> Prompts:
     return found
 
 
+def torchs_product(
+    x: torch.Tensor, w: torch.Tensor | Packed, bias: torch.Tensor | None, reproducible: bool
+) -> torch.Tensor:
+    """In place of `layers.product`: its bits depend on the number of rows."""
+    return F.linear(x, unpack(w, x.dtype) if isinstance(w, Packed) else w, bias)
+
+
 def break_it(what: str) -> None:
     """Undo one thing that keeps a row's bits its own; layers are called one by one, so that it takes effect."""
     transformer.Transformer.lay_out = lambda self, cache: None  # type: ignore[method-assign]
@@ -46,7 +55,7 @@ def break_it(what: str) -> None:
         layers.total = lambda nodes, values: functools.reduce(torch.add, values)
         layers.shared.of = lambda group: None
     elif what == "the tiling of rows":
-        layers.linear = F.linear
+        layers.product = torchs_product
     elif what == "the borders of chunks":
         attention.pages.attend = attention.pages.attend_twin
     elif what == "where a number stands":
@@ -93,7 +102,7 @@ def refused(folder: str, what: str) -> str:
     launch = read_launch()
     if launch.rank == launch.size - 1:
         if what == "the product":
-            layers.linear = F.linear
+            layers.product = torchs_product
         elif what == "attention":
             attention.pages.attend = attention.pages.attend_twin
         else:

@@ -1,17 +1,13 @@
-"""The product in C++: near a float64 one, its units summed in the tree, each entry's bits its own."""
+"""The product of rows in C++: near a float64 one, its units summed in the tree, each entry's bits its own."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from llama_dist.kernels import build, linear
+from llama_dist.kernels import linear
 from llama_dist.kernels.tree import roots, total
 from tests.kernel_cases import DTYPES, askew, need_kernels, same_bits, threads
 
@@ -71,43 +67,3 @@ def test_units_are_summed_in_the_tree(dtype: torch.dtype, unit: int, n_units: in
             held += list(linear.unit_sums(x[:, columns], w[:, columns], unit, first))
             nodes += roots(first, stop - first)
         assert same_bits(total(nodes, held), true), parts
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The product without AVX's instructions."""
-    need_kernels()
-    if not {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split()):
-        pytest.skip("this processor has no AVX2")
-    cxx = build.compiler()
-    assert cxx is not None
-    target = tmp_path_factory.mktemp("linear") / "plain.so"
-    build.compile_to(target, cxx, [build.SOURCES / "linear.cpp"], "-DLANES=0")
-    return build.open_library(target)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_avx2_has_the_bits_of_plain_vectors(
-    dtype: torch.dtype, plain: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Compiled anew, since the package's own may have AVX-512, whose sums have another order."""
-    cxx = build.compiler()
-    assert cxx is not None
-    build.compile_to(tmp_path / "avx2.so", cxx, [build.SOURCES / "linear.cpp"], "-DLANES=1")
-    usual: Any = linear._compiled()
-
-    def using(library: ctypes.CDLL) -> Callable[..., Any]:
-        call = library.llama_dist_linear
-        call.argtypes = usual.argtypes
-        return lambda: call
-
-    for m, n, k in SHAPES:
-        x, w = draws(m, k, dtype=dtype), draws(n, k, dtype=dtype, seed=1)
-        unit = max(1, k // 5)
-        whole = k // unit * unit
-        found = []
-        for library in (plain, build.open_library(tmp_path / "avx2.so")):
-            monkeypatch.setattr(linear, "_compiled", using(library))
-            found.append(linear.linear(x, w))
-            found.append(linear.unit_sums(x[:, :whole], w[:, :whole], unit, 3))
-        assert same_bits(found[0], found[2]) and same_bits(found[1], found[3]), (m, n, k)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from llama_dist.quant.product import panels
 from tests import assets
 from tests.conftest import Saver
 from tests.jobs import bytes_held, load_peak
@@ -41,5 +43,7 @@ def test_a_rank_holds_what_the_planner_says(checkpoint: Saver, case: str, world:
     config = open_checkpoint(folder).config
     units = cut_model(config.n_heads, config.n_kv_heads, config.hidden_dim, config.vocab_size, units_for(world, None))
     ranks = run_ranks(world, bytes_held, str(folder), quantization)
-    assert [r["weights"] for r in ranks] == rank_weight_bytes(config, units, world, 4, quantization)
+    assert [r["weights"] for r in ranks] == rank_weight_bytes(
+        config, units, world, 4, quantization, panels(torch.float32, torch.device("cpu")) is not None
+    )
     assert all(r["cache"] == r["cache_tokens"] * kv_bytes_per_token(config, units, world, 4) for r in ranks)

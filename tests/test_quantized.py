@@ -204,7 +204,7 @@ def test_all_ways_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert cxx is not None and len(ways) > 1
     for i, flags in enumerate(ways):
         path = tmp_path / f"{i}.so"
-        build.compile_to(path, cxx, [build.SOURCES / "quantized.cpp", build.SOURCES / "pack.cpp"], *flags)
+        build.compile_to(path, cxx, [build.SOURCES / f"{name}.cpp" for name in ("quantized", "panels", "pack")], *flags)
         use(build.open_library(path), monkeypatch)
         assert all(map(torch.equal, everything(), usual)), flags
 

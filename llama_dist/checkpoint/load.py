@@ -16,7 +16,7 @@ from llama_dist.quant.pack import pack
 from llama_dist.quant.packed import Packed
 from llama_dist.quant.scheme import BLOCK
 
-NUMBERS = 1 << 22  # of a weight that are packed at a time: they are held as float32
+NUMBERS = 1 << 22  # of a weight that are packed at a time
 
 
 def fill(param: torch.Tensor, reader: Reader, name: str, place: Placement) -> None:
@@ -35,9 +35,10 @@ def fill(param: torch.Tensor, reader: Reader, name: str, place: Placement) -> No
 
 def fill_packed(weight: Packed, reader: Reader, name: str, place: Placement) -> None:
     """`fill` for a packed weight. CheckpointError where a number of it cannot be packed."""
+    dtype = weight.numbers.dtype if weight.scheme.exact else torch.float32
     stop = reader.tensors[name].shape[place.dim] if place.stop is None else place.stop
     columns = stop - place.start if place.dim == 1 else weight.shape[1]
-    done, waiting = 0, torch.empty(0, columns)
+    done, waiting = 0, torch.empty(0, columns, dtype=dtype)
     step = max(1, NUMBERS // max(1, columns) // BLOCK) * BLOCK
 
     def put(rows: torch.Tensor) -> None:
@@ -53,10 +54,10 @@ def fill_packed(weight: Packed, reader: Reader, name: str, place: Placement) -> 
             done += len(part)
 
     for piece in reader.read(name, place.dim, place.start, stop):
-        rows = torch.cat((waiting, piece.float())) if len(waiting) else piece
+        rows = torch.cat((waiting, piece.to(dtype))) if len(waiting) else piece
         whole = len(rows) // BLOCK * BLOCK
         put(rows[:whole])
-        waiting = rows[whole:].float().clone()
+        waiting = rows[whole:].to(dtype).clone()
     if len(waiting):
         put(waiting)
     for part in weight.blocks(-(-done // BLOCK), len(weight.codes)).parts:

@@ -9,7 +9,7 @@ from llama_dist.engine.scheduler import Sequence
 from llama_dist.model.cache import PAGE_SIZE, Span, make_batch
 from llama_dist.model.transformer import Transformer
 from llama_dist.parallel.control import collect
-from llama_dist.parallel.layers import product
+from llama_dist.parallel.layers import VocabParallelEmbedding, product
 from llama_dist.parallel.world import World
 from llama_dist.quant.packed import Packed
 
@@ -38,7 +38,7 @@ def find_fault(model: Transformer, world: World, sequence: Sequence) -> str:
     def looker(i: int) -> object:
         def look(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             nonlocal first
-            if i < first and not _is_sound(module, args[0], model.tok_embeddings):
+            if i < first and not _is_sound(module, args[0]):
                 first = i
 
         return look
@@ -65,11 +65,9 @@ def find_fault(model: Transformer, world: World, sequence: Sequence) -> str:
     return f"request {request}: its numbers became NaN or infinite in {stages[where][0]}, on rank {rank}"
 
 
-def _is_sound(module: nn.Module, x: torch.Tensor, embedding: nn.Module) -> bool:
+def _is_sound(module: nn.Module, x: torch.Tensor) -> bool:
     weight: torch.Tensor | Packed = module.weight  # type: ignore[assignment]
-    if module is not embedding:
+    if not isinstance(module, VocabParallelEmbedding):
         return bool(product(x, weight, None, reproducible=False).isfinite().all())
-    start = module.vocab_start_index
-    assert isinstance(start, int) and isinstance(weight, torch.Tensor)
-    mine = x[(x >= start) & (x < start + len(weight))] - start
-    return bool(weight[mine].isfinite().all())
+    mine = x[(x >= module.vocab_start_index) & (x < module.vocab_end_index)] - module.vocab_start_index
+    return bool(module.held(mine).isfinite().all())

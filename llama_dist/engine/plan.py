@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from llama_dist.config import ModelConfig
 from llama_dist.model.families import tensor_shapes
 from llama_dist.parallel.units import Units, cut_model, units_for
-from llama_dist.quant.scheme import QUANTIZATIONS, packed_bytes
+from llama_dist.quant.scheme import QUANTIZATIONS, Quantization, Scheme, packed_bytes
 
 OVERHEAD = 10**9  # bytes a GPU loses to CUDA's context, communication buffers and the allocator's slack
 HOST_SLACK = 300 * 10**6  # bytes of host memory while loading, beyond the shard and one slice
@@ -82,24 +82,33 @@ def rank_shapes(config: ModelConfig, units: Units, rank: int, n_ranks: int) -> d
 
 
 def weight_sizes(
-    config: ModelConfig, units: Units, n_ranks: int, dtype_bytes: int, quantization: str | None = None
+    config: ModelConfig,
+    units: Units,
+    n_ranks: int,
+    dtype_bytes: int,
+    quantization: str | None = None,
+    panels: bool = False,
 ) -> list[int]:
     """Bytes of each weight on each rank: alike on all, because the last ones hold zero units.
 
-    With `quantization` those of products are packed, and a tied output is a copy.
+    With `quantization` those of products are packed, and a tied output is a copy. `panels`: others lie in panels, as
+    they do on some processors, filled up to whole blocks and groups.
     """
     shapes = rank_shapes(config, units, 0, n_ranks)
-    if quantization is None:
+    exact = Scheme(8 * dtype_bytes, 0, 0)
+    schemes = Quantization(exact, exact) if quantization is None else QUANTIZATIONS[quantization]
+    if quantization is None and not panels:
         return [dtype_bytes * math.prod(shape) for shape in shapes.values()]
     if config.tied_embeddings:
         shapes["output.weight"] = shapes["tok_embeddings.weight"]
+        if quantization is None:
+            del shapes["tok_embeddings.weight"]
     cuts = {"wo": units.heads.unit * config.head_dim, "w2": units.hidden.unit}
     sizes = []
     for name, shape in shapes.items():
         layer = name.split(".")[-2]
         if len(shape) == 2 and layer != "tok_embeddings":
             unit = cuts.get(layer, shape[1])
-            schemes = QUANTIZATIONS[quantization]
             scheme = schemes.output if layer == "output" else schemes.layers
             sizes.append(packed_bytes(scheme, shape[0], unit, shape[1] // unit))
         else:
@@ -108,10 +117,15 @@ def weight_sizes(
 
 
 def rank_weight_bytes(
-    config: ModelConfig, units: Units, n_ranks: int, dtype_bytes: int, quantization: str | None = None
+    config: ModelConfig,
+    units: Units,
+    n_ranks: int,
+    dtype_bytes: int,
+    quantization: str | None = None,
+    panels: bool = False,
 ) -> list[int]:
     """Bytes of weights that each rank allocates."""
-    return [sum(weight_sizes(config, units, n_ranks, dtype_bytes, quantization))] * n_ranks
+    return [sum(weight_sizes(config, units, n_ranks, dtype_bytes, quantization, panels))] * n_ranks
 
 
 def model_bytes(config: ModelConfig, dtype_bytes: int) -> int:

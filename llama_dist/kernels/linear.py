@@ -1,8 +1,9 @@
 """Products whose sums have a fixed order: y = x W^T, and its partial sums by unit.
 
-On a CPU with the C++ kernels, and on a GPU with those in Triton, an entry of y has the same bits whatever rows and
-columns are computed beside it, on any number of threads. Without them torch's own product serves, with x filled up to a
-fixed number of rows; whether that keeps the promise is for a check on the machine to say.
+Weights are rows here; where they lie in panels the product is in quant/. On a CPU with the C++ kernels, and on a GPU
+with those in Triton, an entry of y has the same bits whatever rows and columns are computed beside it, on any number of
+threads. Without them torch's own product serves, with x filled up to a fixed number of rows; whether that keeps the
+promise is for a check on the machine to say.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from llama_dist.kernels import build, triton_here
 from llama_dist.kernels.tree import merge, roots
 
 AVX512_BF16 = 2  # what the kernels call a processor that multiplies bfloat16 itself
-WIDENED = 2**20  # weights widened at a time: what stays in a cache
+FEW = 16  # up to so many rows the C++ kernel is the faster product where weights lie as rows
 ROWS = 16  # torch's product gets a multiple of so many rows: its kernels differ for fewer
 
 
@@ -34,37 +35,14 @@ def compiled(x: torch.Tensor) -> bool:
 
 
 @functools.cache
-def few_rows(dtype: torch.dtype) -> int:
-    """Up to so many rows the C++ kernel is the faster product on this processor, beyond it torch's is."""
-    instructions = build.function("instructions")()
-    if dtype == torch.bfloat16:
-        return 16 if instructions == AVX512_BF16 else 64  # torch has no good product of bfloat16 then
-    return 16 if instructions else 32
+def multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself: there torch's products are good, and weights lie as rows."""
+    return bool(build.function("instructions")() == AVX512_BF16)
 
 
 def fastest(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [M, K] times w [N, K] transposed, plus bias [N], by whatever is the fastest here: its bits depend on M."""
-    if not compiled(x):
-        return F.linear(x, w, bias)
-    few = few_rows(x.dtype)
-    if x.shape[0] <= few:
-        return linear(x, w, bias)
-    if x.dtype == torch.bfloat16 and few > 16:
-        return _widened(x, w, bias)
-    return F.linear(x, w, bias)
-
-
-def _widened(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The product of bfloat16 by torch's of float32, some rows of w at a time."""
-    wide, y = x.float(), torch.empty(x.shape[0], w.shape[0], dtype=x.dtype)
-    step = max(16, WIDENED // w.shape[1])
-    room = torch.empty(min(step, w.shape[0]), w.shape[1])
-    for start in range(0, w.shape[0], step):
-        part = w[start : start + step]
-        rows = room[: len(part)].copy_(part)
-        columns = slice(start, start + len(part))
-        y[:, columns] = F.linear(wide, rows, None if bias is None else bias[columns].float())
-    return y
+    """x [M, K] times w [N, K] transposed, plus bias [N], by the faster one of two products: its bits depend on M."""
+    return linear(x, w, bias) if x.shape[0] <= FEW and compiled(x) else F.linear(x, w, bias)
 
 
 def _run(

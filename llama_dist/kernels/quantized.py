@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llama_dist.kernels import build
-from llama_dist.quant.packed import Packed
+from llama_dist.quant.packed import EXACT, Packed
 
 WHOLE = -1  # in place of the first unit's number: one sum over all units
 PACKED = struct.Struct("=8q")
@@ -30,8 +30,8 @@ def compiled(x: torch.Tensor) -> bool:
 def describe(w: Packed) -> bytes:
     """Where a packed weight lies, for C++."""
     for t in w.parts:
-        assert t.stride(2) == 1 and t.stride(1) == t.shape[2], "the groups of a block in one piece"
-    strides = (w.codes.stride(0) // w.codes.shape[2], w.factors.stride(0) // w.factors.shape[2])
+        assert not t.numel() or (t.stride(2) == 1 and t.stride(1) == t.shape[2]), "the groups of a block in one piece"
+    strides = (w.codes.stride(0) // w.codes.shape[2], w.factors.stride(0) // max(1, w.factors.shape[2]))
     return PACKED.pack(w.scheme.bits, *(t.data_ptr() for t in w.parts), *strides, w.unit, w.n_units)
 
 
@@ -39,9 +39,11 @@ def product(x: torch.Tensor, w: Packed, bias: torch.Tensor | None, y: torch.Tens
     """x [m, k] times w [n, k] transposed, plus bias [n] -> y [..., m, n], in x's dtype or float32.
 
     y's planes are the roots of the tree over w's units, number `first` and on; `first` WHOLE: one sum over all units,
-    one plane. Each group of 32 numbers of x is rounded to whole numbers up to 4095. The sum over a group is exact.
+    one plane. Unless the scheme is exact, each group of 32 numbers of x is rounded to whole numbers up to 4095; the sum
+    over a group is exact.
     """
     assert x.stride(1) == y.stride(-1) == 1 and (len(x), *w.shape) == (*y.shape[-2:], x.shape[1]), (x.shape, y.shape)
+    assert not w.scheme.exact or EXACT[x.dtype] == w.scheme, (x.dtype, w.scheme)
     assert bias is None or (bias.dtype == x.dtype and bias.is_contiguous() and len(bias) == w.rows)
     _compiled()(
         x.dtype == torch.bfloat16,

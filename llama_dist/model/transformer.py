@@ -8,7 +8,7 @@ from torch import nn
 from llama_dist.config import ModelConfig
 from llama_dist.kernels import program as programs
 from llama_dist.kernels.attention import compiled_for
-from llama_dist.kernels.linear import compiled, few_rows
+from llama_dist.kernels.linear import FEW, compiled
 from llama_dist.kernels.program import Program
 from llama_dist.kernels.small import silu_mul
 from llama_dist.model.attention import Attention
@@ -81,12 +81,12 @@ class Transformer(nn.Module):
         self.config, self.units = config, units
         self.n_local_kv_heads = units.kv_heads(part.rank, part.n_ranks).padded
         vocab = units.vocab.of(part.rank, part.n_ranks)
-        self.tok_embeddings = VocabParallelEmbedding(vocab, config.dim, part)
+        output = OutputLinear(config.dim, vocab, part, bias=False)
+        tied = config.tied_embeddings and part.quantization is None  # else rows are looked up as they were
+        self.tok_embeddings = VocabParallelEmbedding(vocab, config.dim, part, output if tied else None)
         self.layers = nn.ModuleList(Block(config, layer, units, part) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps, part)
-        self.output = OutputLinear(config.dim, vocab, part, bias=False)
-        if config.tied_embeddings and part.quantization is None:
-            self.output.weight = self.tok_embeddings.weight  # packed, the output is a copy: rows are looked up unpacked
+        self.output = output
         self.rope = Rope(config, part.device)
         self.reproducible = part.reproducible
         self.program: tuple[KVCache, Program] | None = None
@@ -128,13 +128,13 @@ class Transformer(nn.Module):
         """Have batches of few tokens over this cache run as one program from now on, where the kernels serve.
 
         Its bits are those of the layers called one by one. Few: as many as the kernels are the fastest for; MOST where
-        they serve any number: for reproducible sums and packed weights.
+        they serve any number.
         """
         weight = self.norm.weight
         if not (compiled(weight) and programs.compiled() and compiled_for(cache.layers[0])):
             return
         any_number = self.reproducible or isinstance(self.output.weight, Packed)
-        most = MOST if any_number else few_rows(weight.dtype)
+        most = MOST if any_number else FEW
         program = Program(most, weight.dtype)
         x, normed = program.rows("x", self.config.dim), program.rows("normed", self.config.dim)
         layers: list[Block] = list(self.layers)  # type: ignore[arg-type]

@@ -25,7 +25,9 @@ from llama_dist.parallel import shared
 from llama_dist.parallel.control import guarded
 from llama_dist.parallel.units import Cut, Slice
 from llama_dist.quant import product as packed_product
+from llama_dist.quant.pack import rows as unpacked_rows
 from llama_dist.quant.packed import Packed, empty, together
+from llama_dist.quant.product import panels
 from llama_dist.quant.scheme import BLOCK, Quantization, Scheme
 
 
@@ -45,8 +47,13 @@ class Part:
 
     @property
     def scheme(self) -> Scheme | None:
-        """How the weights of the layers are packed."""
-        return None if self.quantization is None else self.quantization.layers
+        """How the weights of the layers lie; None: as rows."""
+        return self.panels if self.quantization is None else self.quantization.layers
+
+    @property
+    def panels(self) -> Scheme | None:
+        """How weights lie that are not quantised; None: as rows."""
+        return panels(self.dtype, self.device)
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,7 @@ class OutputLinear(ColumnParallelLinear):
     """The output head: the vocabulary is cut. x [n, dim] -> this rank's logits."""
 
     def _scheme(self, part: Part) -> Scheme | None:
-        return None if part.quantization is None else part.quantization.output
+        return part.panels if part.quantization is None else part.quantization.output
 
 
 class FusedColumns(nn.Module):
@@ -278,22 +285,30 @@ def _reduce(x: torch.Tensor) -> None:
 
 
 class VocabParallelEmbedding(fs_layers.VocabParallelEmbedding):  # type: ignore[misc]
-    """Token ids [n] -> [n, dim] with the vocabulary cut; a row comes from the one rank that holds it."""
+    """Token ids [n] -> [n, dim] with the vocabulary cut; a row comes from the one rank that holds it.
 
-    def __init__(self, rows: Slice, dim: int, part: Part) -> None:
+    `output`: the head that has the same weight, where both share one.
+    """
+
+    def __init__(self, rows: Slice, dim: int, part: Part, output: OutputLinear | None = None) -> None:
         nn.Module.__init__(self)
         self.num_embeddings = rows.padded * part.n_ranks
         self.embedding_dim = dim
         self.vocab_start_index, self.vocab_end_index = rows.start, rows.stop
         self.num_embeddings_per_partition = rows.padded
         self.reproducible = part.reproducible
-        self.weight = _parameter(part, rows.padded, dim)
+        self.weight = _parameter(part, rows.padded, dim) if output is None else output.weight
         self.placements = {"weight": Placement(0, rows.start, rows.stop)}
+
+    def held(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of this rank's own part, by their numbers in it."""
+        w: torch.Tensor | Packed = self.weight
+        return unpacked_rows(w, ids) if isinstance(w, Packed) else F.embedding(ids, w)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if fs.get_model_parallel_world_size() == 1:
-            rows = F.embedding(ids, self.weight)
+            rows = self.held(ids)
             return rows + 0.0 if self.reproducible else rows  # as in a sum with the others' zeros, no -0.0 is left
         outside = (ids < self.vocab_start_index) | (ids >= self.vocab_end_index)
         local = (ids - self.vocab_start_index).masked_fill(outside, 0)
-        return reduce(F.embedding(local, self.weight).masked_fill(outside[:, None], 0))
+        return reduce(self.held(local).masked_fill(outside[:, None], 0))

@@ -140,7 +140,7 @@ def state_of(card: Card, mine: Card) -> str | None:
 
 
 def state_in(stat: str) -> str:
-    """The same from a line of /proc/PID/stat (proc(5)). What is on its way out counts as gone, which may take a while."""
+    """The same from a line of /proc/PID/stat (proc(5)). What is on its way out, which may take a while, is gone."""
     fields = stat.rpartition(")")[2].split()  # from the third field on, the state
     if int(fields[6]) & EXITING:
         return "gone"

@@ -1,4 +1,4 @@
-"""Weights to whole numbers and back: by C++, and the same in torch's operations, bit for bit."""
+"""Weights to whole numbers and back, or into panels: by C++, and the same in torch's operations, bit for bit."""
 
 from __future__ import annotations
 
@@ -24,14 +24,22 @@ def _compiled() -> Any:
     return build.function("pack", c_int, c_void_p, *[c_int64] * 5, *[c_void_p] * 3, c_int)
 
 
+@functools.cache
+def _lay() -> Any:
+    return build.function("lay_out", c_int, c_void_p, *[c_int64] * 5, c_void_p, c_int)
+
+
 def pack(into: Packed, w: torch.Tensor, first: int = 0) -> int | None:
     """Pack rows w [n, k], the first of them row `first`, a multiple of 16, of `into`.
 
     Fewer rows than whole blocks, and fewer columns than `into` has, are filled up with zeros. Returns None, or a row of
-    w at or after which a number is NaN or beyond 1e30: it cannot be packed.
+    w at or after which a number is NaN or beyond 1e30: it cannot be packed, unless the scheme is exact.
     """
     assert first % BLOCK == 0 and w.shape[1] <= into.shape[1], (first, w.shape, into.shape)
     blocks = into.blocks(first // BLOCK, -(-(first + len(w)) // BLOCK))
+    if into.scheme.exact:
+        _lay_out_exact(blocks, w)
+        return None
     w = w.to("cpu", torch.float32).contiguous()
     if into.device.type != "cpu":
         room = empty(into.scheme, blocks.padded_rows, into.unit, into.n_units, w.device)
@@ -45,6 +53,27 @@ def pack(into: Packed, w: torch.Tensor, first: int = 0) -> int | None:
     sizes = (w.shape[1], len(w), w.shape[1], into.unit, into.n_units)
     wrong = _compiled()(into.scheme.bits, w.data_ptr(), *sizes, *parts, torch.get_num_threads())
     return wrong - 1 if wrong else None
+
+
+def _lay_out_exact(into: Packed, w: torch.Tensor) -> None:
+    numbers, unit, n_units = into.numbers, into.unit, into.n_units
+    w = w.to(numbers.device, numbers.dtype).contiguous()
+    if numbers.device.type == "cpu" and _lay() is not None and numbers.is_contiguous():
+        sizes = (w.shape[1], len(w), w.shape[1], unit, n_units)
+        where = (w.data_ptr(), *sizes, into.codes.data_ptr())
+        _lay()(numbers.dtype == torch.bfloat16, *where, torch.get_num_threads())
+        return
+    padded = _padded(into, w).flatten(1)  # [rows, k]
+    pairs = padded.view(-1, BLOCK, padded.shape[1] // 2, 2).transpose(1, 2)
+    numbers.copy_(pairs if numbers.ndim == 4 else pairs.transpose(2, 3).reshape(numbers.shape))
+
+
+def _padded(into: Packed, w: torch.Tensor) -> torch.Tensor:
+    """w filled up with zeros to whole blocks, units and groups: [rows, units, numbers of a unit]."""
+    unit, n_units = into.unit, into.n_units
+    room = w.new_zeros(into.padded_rows, n_units * unit)
+    room[: len(w), : w.shape[1]] = w
+    return torch.nn.functional.pad(room.view(-1, n_units, unit), (0, groups_of(unit) * GROUP - unit))
 
 
 def _sum(x: torch.Tensor) -> torch.Tensor:
@@ -89,11 +118,8 @@ def _search(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def pack_twin(into: Packed, w: torch.Tensor) -> int | None:
     """`pack` in torch's operations, w float32 from the first row on."""
-    unit, n_units, groups = into.unit, into.n_units, groups_of(into.unit)
-    room = torch.zeros(into.padded_rows, n_units * unit)
-    room[: len(w), : w.shape[1]] = w
-    padded = torch.nn.functional.pad(room.view(-1, n_units, unit), (0, groups * GROUP - unit))
-    g = padded.view(-1, n_units, groups, GROUP)
+    n_units, groups = into.n_units, groups_of(into.unit)
+    g = _padded(into, w).view(-1, n_units, groups, GROUP)
     codes, scales, factors = _fitted(g) if into.scheme == INT4 else _even(g, into.scheme.bits)
     into.factors.copy_(factors.view(-1, BLOCK, n_units).transpose(1, 2))
     laid = [s.view(-1, BLOCK, n_units * groups).transpose(1, 2) for s in scales]
@@ -161,6 +187,9 @@ def _codes(w: Packed) -> torch.Tensor:
 def unpack(w: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The weights that the codes stand for: [rows, n_units * unit], computed in `dtype`."""
     n_units, groups = w.n_units, groups_of(w.unit)
+    if w.scheme.exact:
+        laid = w.numbers.transpose(1, 2).reshape(-1, n_units, groups * GROUP).to(dtype)
+        return laid[..., : w.unit].reshape(-1, n_units * w.unit)[: w.rows]
     scale = w.scales[..., :BLOCK].to(dtype)
     zero = (
         w.scales[..., BLOCK:].to(dtype) / 16 if w.scheme == INT4 else torch.full_like(scale, 2 ** (w.scheme.bits - 1))
@@ -170,3 +199,9 @@ def unpack(w: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     of_row = (codes * scale[:, :, None, :, None]).permute(0, 3, 1, 2, 4).reshape(-1, n_units, groups * GROUP)
     factors = w.factors.to(dtype).transpose(1, 2).reshape(-1, n_units, 1)
     return (of_row[..., : w.unit] * factors).reshape(-1, n_units * w.unit)[: w.rows]
+
+
+def rows(w: Packed, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of exact weights in one unit: ids [n] -> [n, unit], in their own dtype."""
+    assert w.scheme.exact and w.n_units == 1, (w.scheme, w.n_units)
+    return w.numbers[ids // BLOCK, :, ids % BLOCK].reshape(len(ids), -1)[:, : w.unit]

@@ -1,4 +1,4 @@
-"""A packed weight: its codes, scales and factors, in the order in which the product reads them."""
+"""A packed weight: its numbers or codes, scales and factors, in the order in which the product reads them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llama_dist.quant.scheme import BLOCK, Scheme, groups_of, n_blocks
+from llama_dist.quant.scheme import BFLOAT16, BLOCK, FLOAT32, GROUP, Scheme, groups_of, n_blocks
+
+EXACT = {torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """W [rows, n_units * unit] as whole numbers, in blocks of 16 rows, the last one filled up with zeros.
+    """W [rows, n_units * unit], in blocks of 16 rows, the last one filled up with zeros.
 
-    codes uint8 [blocks, groups, bytes], laid out as kernels/src/groups.h says; scales uint8 [blocks, groups, 16], of
-    int4 with zero points behind: [blocks, groups, 32]; factors float32 [blocks, n_units, 16].
+    codes uint8 [blocks, groups, bytes], laid out as kernels/src/groups.h says, or panels.cpp of exact schemes; scales
+    uint8 [blocks, groups, 16], of int4 with zero points behind: [blocks, groups, 32]; factors float32
+    [blocks, n_units, 16]. Exact schemes have none: [..., 0].
     """
 
     scheme: Scheme
@@ -46,6 +49,14 @@ class Packed:
         return sum(t.nbytes for t in self.parts)
 
     @property
+    def numbers(self) -> torch.Tensor:
+        """Of an exact scheme, the weights as they lie, a view: [blocks, pairs, 16, 2] bfloat16 or [blocks, k, 16]."""
+        blocks, k = len(self.codes), self.n_units * groups_of(self.unit) * GROUP
+        if self.scheme == BFLOAT16:
+            return self.codes.view(torch.bfloat16).view(blocks, k // 2, BLOCK, 2)
+        return self.codes.view(torch.float32).view(blocks, k, BLOCK)
+
+    @property
     def padded_rows(self) -> int:
         return len(self.codes) * BLOCK
 
@@ -70,7 +81,7 @@ def empty(scheme: Scheme, rows: int, unit: int, n_units: int, device: torch.devi
         torch.empty(blocks, groups, BLOCK * n, dtype=torch.uint8, device=device)
         for n in (scheme.code_bytes, scheme.scale_bytes)
     )
-    factors = torch.empty(blocks, n_units, BLOCK, dtype=torch.float32, device=device)
+    factors = torch.empty(blocks, n_units, BLOCK * scheme.factor_bytes // 4, dtype=torch.float32, device=device)
     return Packed(scheme, rows, unit, codes, scales, factors)
 
 

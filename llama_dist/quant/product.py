@@ -8,7 +8,17 @@ from llama_dist.kernels import linear as plain
 from llama_dist.kernels import quantized
 from llama_dist.kernels.tree import roots
 from llama_dist.quant.pack import unpack
-from llama_dist.quant.packed import Packed
+from llama_dist.quant.packed import EXACT, Packed
+from llama_dist.quant.scheme import Scheme
+
+
+def panels(dtype: torch.dtype, device: torch.device) -> Scheme | None:
+    """How weights lie that are not quantised: in panels, where C++ has a product of them and torch no better one.
+
+    None: as rows. Torch's products of bfloat16 are better on processors that multiply it themselves.
+    """
+    like = torch.empty(0, dtype=dtype, device=device)
+    return EXACT[dtype] if quantized.compiled(like) and not plain.multiplies_bfloat16() else None
 
 
 def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -7,6 +7,8 @@ codes also a zero point of 8 bits, in sixteenths of a step; a row has a float32 
     6 bits: factor * scale * (code - 32), code 1 to 63       25 bytes
     4 bits: factor * scale * (code - zero / 16), code 0 to 15   18 bytes
 
+Weights of 16 or 32 bits are numbers as they are, bfloat16 or float32, laid out alike, without scales and factors.
+
 Groups do not straddle units: a unit is filled up with zeros to whole groups. So the numbers of a unit are the same on
 any number of ranks.
 """
@@ -22,18 +24,25 @@ BLOCK = 16  # rows that lie together, so that one load takes a part of each
 
 @dataclass(frozen=True)
 class Scheme:
-    """`bits` of a code; `scale_bytes` a group of one row."""
+    """`bits` of a code; `scale_bytes` a group of one row; `factor_bytes` a unit of one row."""
 
     bits: int
     scale_bytes: int
+    factor_bytes: int = 4
 
     @property
     def code_bytes(self) -> int:
         """Bytes of the codes of a group of one row."""
         return GROUP * self.bits // 8
 
+    @property
+    def exact(self) -> bool:
+        """Whether weights stay the numbers they were."""
+        return self.bits >= 16
+
 
 INT8, INT6, INT4 = Scheme(8, 1), Scheme(6, 1), Scheme(4, 2)
+BFLOAT16, FLOAT32 = Scheme(16, 0, 0), Scheme(32, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -58,5 +67,5 @@ def groups_of(unit: int) -> int:
 
 def packed_bytes(scheme: Scheme, rows: int, unit: int, n_units: int) -> int:
     """Bytes of [rows, n_units * unit] packed weights. Example: INT8, [32, 64] in one unit: 2 * 16 * (2 * 33 + 4)."""
-    row = n_units * (groups_of(unit) * (scheme.code_bytes + scheme.scale_bytes) + 4)
+    row = n_units * (groups_of(unit) * (scheme.code_bytes + scheme.scale_bytes) + scheme.factor_bytes)
     return n_blocks(rows) * BLOCK * row

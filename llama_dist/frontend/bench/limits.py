@@ -22,6 +22,10 @@ from llama_dist.kernels.linear import compiled, fastest, linear
 from llama_dist.parallel.control import collect
 from llama_dist.parallel.layers import reduce
 from llama_dist.parallel.world import World
+from llama_dist.quant.pack import pack
+from llama_dist.quant.packed import empty
+from llama_dist.quant.product import linear as packed_linear
+from llama_dist.quant.product import panels
 
 READ_BYTES = 2**30  # of a host or a GPU; beyond any cache
 LARGE_PAGE = 2**21
@@ -88,7 +92,8 @@ def _reads(world: World, memory: torch.Tensor) -> Iterator[tuple[str, float, Cal
 
 def _products(world: World, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, float, Callable[[], Any]]]:
     device = world.device
-    own = all(collect(world, compiled(torch.empty(0, dtype=dtype, device=device))))
+    scheme = panels(dtype, device)
+    own = scheme is None and all(collect(world, compiled(torch.empty(0, dtype=dtype, device=device))))
     sizes = [(ROWS, config.dim, config.hidden_dim), *((n, n, n) for n in SIDES[device.type])]
     for m, k, n in sizes:
         x = torch.full((m, k), 0.5, dtype=dtype, device=device)
@@ -98,6 +103,16 @@ def _products(world: World, config: ModelConfig, dtype: torch.dtype) -> Iterator
         if own:
             yield f"own product of {m} x {k} x {n}", amount, functools.partial(linear, x, w)
             yield f"layers' product of {m} x {k} x {n}", amount, functools.partial(fastest, x, w, None)
+        if scheme is not None:
+            laid = empty(scheme, n, k, 1, device)
+            pack(laid, w)
+            yield f"layers' product of {m} x {k} x {n}", amount, functools.partial(packed_linear, x, laid)
+        if scheme is not None and dtype != torch.float32:
+            yield (
+                f"torch's float32 product of {m} x {k} x {n}",
+                amount,
+                functools.partial(F.linear, x.float(), w.float()),
+            )
 
 
 @torch.inference_mode()

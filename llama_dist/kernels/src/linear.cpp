@@ -2,6 +2,8 @@
 // tree over the lanes. No other row, column, thread or alignment plays a part, so the bits of an entry are the same in
 // any batch and on any cut of N. Along K the sum may be cut into units, whose partial sums are added in the binary tree
 // over unit numbers, as far as this rank's run of units holds whole subtrees: one plane of y for each of its roots.
+//
+// It serves processors that multiply bfloat16 themselves; on others weights lie in panels (panels.cpp), and this is slow.
 #include "simd.h"
 #include "team.h"
 #include "unit_tree.h"
@@ -39,11 +41,7 @@ template <class T> inline void put(const Job &job, int plane, int64_t m, int64_t
 
 }  // namespace
 
-#if LANES == 1
-#include "linear_avx2.h"
-#else
 #include "linear_tiles.h"
-#endif
 
 namespace {
 

@@ -86,47 +86,6 @@ static inline V sums(const V *v) {
     return add(_mm512_shuffle_f32x4(p, q, 0x88), _mm512_shuffle_f32x4(p, q, 0xdd));
 }
 
-#elif LANES == 1
-
-struct V {
-    __m256 low, high;
-};
-static inline V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-static inline V add(V a, V b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
-static inline V operator+(V a, V b) { return add(a, b); }
-static inline void store(float *p, V v) {
-    _mm256_storeu_ps(p, v.low);
-    _mm256_storeu_ps(p + 8, v.high);
-}
-
-// A step of a row is widened to STEP floats: of bf16 sixteen numbers at even places, then those at odd ones.
-struct Bf16 {
-    using T = bf16;
-    static constexpr int STEP = 32;
-    static inline void widen8(const T *p, __m256 &even, __m256 &odd) {
-        __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
-        even = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
-        odd = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(int(0xffff0000))));
-    }
-};
-
-struct F32 {
-    using T = float;
-    static constexpr int STEP = 16;
-};
-
-// Lane i is the sum of v[i]'s lanes for eight of them: lanes j and j + 8, then j + 4, j + 2, j + 1.
-static inline __m256 sums8(const V *v) {
-    __m256 t[8], u[4];
-    for (int i = 0; i < 8; i++) t[i] = _mm256_add_ps(v[i].low, v[i].high);
-    for (int i = 0; i < 4; i++)
-        u[i] = _mm256_add_ps(_mm256_permute2f128_ps(t[i], t[i + 4], 0x20), _mm256_permute2f128_ps(t[i], t[i + 4], 0x31));
-    __m256 p = _mm256_add_ps(_mm256_shuffle_ps(u[0], u[1], 0x44), _mm256_shuffle_ps(u[0], u[1], 0xee));
-    __m256 q = _mm256_add_ps(_mm256_shuffle_ps(u[2], u[3], 0x44), _mm256_shuffle_ps(u[2], u[3], 0xee));
-    return _mm256_add_ps(_mm256_shuffle_ps(p, q, 0x88), _mm256_shuffle_ps(p, q, 0xdd));
-}
-static inline V sums(const V *v) { return {sums8(v), sums8(v + 8)}; }
-
 #else
 
 typedef float V __attribute__((vector_size(64)));

@@ -20,6 +20,10 @@ struct Packed {
 void quantized(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void *bias, void *y, int64_t ldy, int64_t plane,
                int y_f32, int64_t m, int64_t n, int64_t first, int threads);
 
+// The same of weights that are not rounded, as panels.cpp says: bits 16 or 32, those of x; no scales and factors.
+void panels(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void *bias, void *y, int64_t ldy, int64_t plane,
+            int y_f32, int64_t m, int64_t n, int64_t first, int threads);
+
 // Rows of `groups` heads of `dim` numbers, tokens x_stride, y_stride and out_stride apart; total is packed. Without weight
 // there is only the sum.
 void rms_norm(int is_bf16, const void *x, long x_stride, const void *y, long y_stride, void *total, const void *weight,

@@ -1,0 +1,268 @@
+// y = x W^T for weights that are not rounded, in panels: sixteen rows of W side by side, so that one load takes a number or
+// two of each row, and each row's sum has a lane of its own.
+//
+// A lane's sum runs along K, K_BLOCK numbers at a time; these sums are added up in their order, then by unit in the tree of
+// linear.cpp. So the bits of an entry of y are a function of its row of x and its row of W, on any number of threads, in any
+// batch, and the same on all processors that can multiply and add in one.
+#include <algorithm>
+#include <vector>
+
+#include "rows.h"
+#include "team.h"
+
+namespace {
+
+constexpr int64_t GROUP = 32;     // a unit is filled up to whole groups with zeros
+constexpr int64_t K_BLOCK = 256;  // numbers of a panel that stay in the first cache as floats
+constexpr int64_t M_BLOCK = 256;  // rows of x whose K_BLOCK numbers stay in the second cache
+constexpr int TILE = 6;           // rows of x whose sums are in registers
+constexpr int64_t FEW = 12;       // rows; for more of them a panel is widened first
+constexpr int AHEAD = 2048;       // bytes of weights called into the cache before they are read
+constexpr int MOST_ROOTS = 64;
+
+// Two numbers of each row of a panel: [row][2] bf16, or [2][row] floats.
+template <class T> constexpr int64_t TWO = 2 * WIDTH * sizeof(T);
+
+INLINE void two(const float *p, Lanes &first, Lanes &second) { first = load(p), second = load(p + WIDTH); }
+#if LANES == 2
+INLINE void two(const bf16 *p, Lanes &first, Lanes &second) {
+    const __m512i words = _mm512_loadu_si512(p);
+    first = {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))};
+    second = {_mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000))))};
+}
+#elif LANES == 1
+INLINE void two(const bf16 *p, Lanes &first, Lanes &second) {
+    const __m256i a = _mm256_loadu_si256((const __m256i *)p), b = _mm256_loadu_si256((const __m256i *)(p + WIDTH));
+    const __m256i high = _mm256_set1_epi32(int(0xffff0000));
+    first = {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
+    second = {_mm256_castsi256_ps(_mm256_and_si256(a, high)), _mm256_castsi256_ps(_mm256_and_si256(b, high))};
+}
+#else
+INLINE void two(const bf16 *p, Lanes &first, Lanes &second) {
+    const Words a = read<Words>(p), b = read<Words>(p + 8), c = read<Words>(p + 16), d = read<Words>(p + 24);
+    first = {(Four)(a << 16), (Four)(b << 16), (Four)(c << 16), (Four)(d << 16)};
+    second = {(Four)(a & 0xffff0000u), (Four)(b & 0xffff0000u), (Four)(c & 0xffff0000u), (Four)(d & 0xffff0000u)};
+}
+#endif
+
+// What one call computes, the same for all its threads.
+struct Job {
+    const void *x;
+    int64_t ldx;
+    team::Packed w;
+    const void *bias;
+    void *y;
+    int64_t ldy, plane;
+    bool y_f32;
+    int64_t m, n, first;  // first < 0: one sum over all units
+    int64_t unit_floats() const { return (w.unit + GROUP - 1) / GROUP * GROUP; }
+    int64_t floats() const { return w.n_units * unit_floats(); }
+};
+
+// Rows m ... m_end - 1 of x as floats, each unit filled up with zeros.
+struct Wide {
+    std::vector<float> numbers;
+    int64_t m = -1, rows = 0;
+
+    template <class T> void take(const Job &job, int64_t from, int64_t to) {
+        const int64_t each = job.unit_floats(), needed = (to - from) * job.floats();
+        if (int64_t(numbers.size()) < needed) numbers.resize(needed);
+        m = from, rows = to - from;
+        float *out = numbers.data();
+        for (int64_t i = from; i < to; i++)
+            for (int64_t u = 0; u < job.w.n_units; u++, out += each) {
+                const T *x = (const T *)job.x + i * job.ldx + u * job.w.unit;
+                for (int64_t at = 0; at < each; at += WIDTH)
+                    store(out + at, at < job.w.unit ? load(x + at, job.w.unit - at) : all(0.0f));
+            }
+    }
+};
+
+// The sums of some rows and panels, merged as units come: a node of the tree is (level, index at that level).
+struct Roots {
+    std::vector<Lanes> room;
+    int64_t each = 0, index[MOST_ROOTS];
+    int level[MOST_ROOTS], size = 0;
+
+    void start(int64_t sums) { each = sums, size = 0; }
+    Lanes *plane(int at) { return room.data() + at * each; }
+    Lanes *next() {  // where a unit's sums are to be added up
+        if (int64_t(room.size()) < (size + 1) * each) room.resize((size + 1) * each);
+        std::fill_n(plane(size), each, all(0.0f));
+        return plane(size);
+    }
+    void push(int64_t unit) {
+        int l = 0;
+        for (; size && level[size - 1] == l && (unit & 1) && index[size - 1] == unit - 1; l++, unit >>= 1, size--) {
+            Lanes *left = plane(size - 1), *right = plane(size);
+            for (int64_t i = 0; i < each; i++) left[i] = left[i] + right[i];
+        }
+        level[size] = l, index[size++] = unit;
+    }
+};
+
+// M rows of x along k numbers of P panels, added to sums[panel * stride + row].
+template <class T, int M, int P>
+INLINE void direct(const T *w, int64_t panel, const float *x, int64_t ldx, int64_t k, Lanes *sums, int64_t stride) {
+    Lanes s[M][P];
+    for (int i = 0; i < M; i++)
+        for (int p = 0; p < P; p++) s[i][p] = all(0.0f);
+    for (int64_t at = 0; at < k; at += 2, x += 2, w += 2 * WIDTH) {
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) {
+            Lanes first, second;
+            two(w + p * panel, first, second);
+            __builtin_prefetch((const char *)(w + p * panel) + AHEAD);
+#pragma GCC unroll 6
+            for (int i = 0; i < M; i++) s[i][p] = fma(first, all(x[i * ldx]), s[i][p]);
+#pragma GCC unroll 6
+            for (int i = 0; i < M; i++) s[i][p] = fma(second, all(x[i * ldx + 1]), s[i][p]);
+        }
+    }
+    for (int i = 0; i < M; i++)
+        for (int p = 0; p < P; p++) sums[p * stride + i] = sums[p * stride + i] + s[i][p];
+}
+
+// M rows of x along k numbers of a widened panel [k][16], added to sums.
+template <int M> INLINE void widened(const float *w, const float *x, int64_t ldx, int64_t k, Lanes *sums) {
+    Lanes s[M];
+    for (int i = 0; i < M; i++) s[i] = all(0.0f);
+    for (int64_t at = 0; at < k; at++, x++, w += WIDTH) {
+        const Lanes numbers = load(w);
+#pragma GCC unroll 6
+        for (int i = 0; i < M; i++) s[i] = fma(numbers, all(x[i * ldx]), s[i]);
+    }
+    for (int i = 0; i < M; i++) sums[i] = sums[i] + s[i];
+}
+
+INLINE const float *widen(const float *w, int64_t, float *) { return w; }
+INLINE const float *widen(const bf16 *w, int64_t k, float *room) {
+    for (int64_t at = 0; at < k; at += 2, w += 2 * WIDTH) {
+        Lanes first, second;
+        two(w, first, second);
+        store(room + at * WIDTH, first);
+        store(room + (at + 1) * WIDTH, second);
+    }
+    return room;
+}
+
+// `rows` rows in groups as even as can be: call(with, row), where with.value rows begin at `row`.
+template <class Call> INLINE void by_tiles(int64_t rows, Call call) {
+    const int64_t tiles = (rows + TILE - 1) / TILE;
+    for (int64_t t = 0, row = 0; t < tiles; t++) {
+        const int64_t end = rows * (t + 1) / tiles;
+        switch (end - row) {
+            case 1: call(std::integral_constant<int, 1>{}, row); break;
+            case 2: call(std::integral_constant<int, 2>{}, row); break;
+            case 3: call(std::integral_constant<int, 3>{}, row); break;
+            case 4: call(std::integral_constant<int, 4>{}, row); break;
+            case 5: call(std::integral_constant<int, 5>{}, row); break;
+            default: call(std::integral_constant<int, 6>{}, row); break;
+        }
+        row = end;
+    }
+}
+
+template <class T> INLINE void put(const Job &job, int64_t plane, int64_t m, int64_t n, Lanes v) {
+    const int64_t left = job.n - n, at = plane * job.plane + m * job.ldy + n;
+    if (job.bias) v = v + load((const T *)job.bias + n, left);
+    job.y_f32 ? store((float *)job.y + at, v, left) : store((T *)job.y + at, v, left);
+}
+
+// The rows of `x` by P panels from panel n on. Several panels at once are for up to three rows.
+template <class T, int P> void stripe(const Job &job, const Wide &x, int64_t n, Roots &roots) {
+    const int64_t unit = job.unit_floats(), ldx = job.floats(), panel = job.w.block_groups * GROUP * WIDTH;
+    const T *w = (const T *)job.w.codes + n * panel;
+    const float *numbers = x.numbers.data();
+    alignas(64) float room[K_BLOCK * WIDTH];
+    roots.start(P * x.rows);
+    Lanes *sums = roots.next();
+    for (int64_t u = 0; u < job.w.n_units; u++) {
+        for (int64_t at = 0; at < unit; at += K_BLOCK) {
+            const int64_t k = std::min(K_BLOCK, unit - at);
+            if (x.rows > FEW) {
+                const float *wide = widen(w, k, room);
+                by_tiles(x.rows, [&](auto with, int64_t row) {
+                    widened<decltype(with)::value>(wide, numbers + row * ldx, ldx, k, sums + row);
+                });
+            } else {
+                by_tiles(x.rows, [&](auto with, int64_t row) {
+                    constexpr int M = decltype(with)::value;
+                    if constexpr (M * P <= TILE)
+                        direct<T, M, P>(w, panel, numbers + row * ldx, ldx, k, sums + row, x.rows);
+                });
+            }
+            w += k * WIDTH;
+            numbers += k;
+        }
+        if (job.first < 0) continue;
+        roots.push(job.first + u);
+        if (u + 1 < job.w.n_units) sums = roots.next();
+    }
+    for (int plane = 0; plane < (job.first < 0 ? 1 : roots.size); plane++)
+        for (int p = 0; p < P; p++)
+            for (int64_t i = 0; i < x.rows; i++)
+                put<T>(job, plane, x.m + i, (n + p) * WIDTH, roots.plane(plane)[p * x.rows + i]);
+}
+
+// Called by every thread of a team. Each takes its share of the panels, and widens the rows of x for itself.
+template <class T> void run(const Job &job, int threads) {
+    const int64_t panels = (job.n + WIDTH - 1) / WIDTH, blocks = (job.m + M_BLOCK - 1) / M_BLOCK, all = blocks * panels;
+    static thread_local Wide x;
+    static thread_local Roots roots;
+#pragma omp for schedule(static, 1)
+    for (int64_t t = 0; t < threads; t++) {
+        const int64_t end = all * (t + 1) / threads;
+        for (int64_t at = all * t / threads, block = -1; at < end;) {
+            if (at / panels != block) {
+                block = at / panels;
+                x.take<T>(job, job.m * block / blocks, job.m * (block + 1) / blocks);
+            }
+            const int64_t n = at % panels, left = std::min(end - at, panels - n);
+            if (x.rows == 1 && left >= 4) {
+                stripe<T, 4>(job, x, n, roots), at += 4;
+            } else if (x.rows <= 3 && left >= 2) {
+                stripe<T, 2>(job, x, n, roots), at += 2;
+            } else {
+                stripe<T, 1>(job, x, n, roots), at += 1;
+            }
+        }
+    }
+}
+
+template <class T>
+void lay_out(const T *w, int64_t ldw, int64_t rows, int64_t columns, int64_t unit, int64_t n_units, T *to, int threads) {
+    const int64_t blocks = (rows + WIDTH - 1) / WIDTH, groups = (unit + GROUP - 1) / GROUP;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t b = 0; b < blocks; b++)
+        for (int64_t g = 0; g < n_units * groups; g++) {
+            T *group = to + (b * n_units * groups + g) * GROUP * WIDTH;
+            const int64_t in_unit = g % groups * GROUP, start = g / groups * unit + in_unit;
+            const int64_t n = std::max<int64_t>(0, std::min({GROUP, unit - in_unit, columns - start}));
+            const int64_t height = std::min<int64_t>(WIDTH, rows - b * WIDTH);
+            if (n < GROUP || height < WIDTH) std::fill_n(group, GROUP * WIDTH, T{});
+            for (int64_t r = 0; r < height; r++) {
+                const T *from = w + (b * WIDTH + r) * ldw + start;
+                for (int64_t i = 0; i < n; i++)
+                    group[sizeof(T) == 2 ? i / 2 * 2 * WIDTH + 2 * r + i % 2 : i * WIDTH + r] = from[i];
+            }
+        }
+}
+
+}  // namespace
+
+void team::panels(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void *bias, void *y, int64_t ldy,
+                  int64_t plane, int y_f32, int64_t m, int64_t n, int64_t first, int threads) {
+    const Job job{x, ldx, w, bias, y, ldy, plane, y_f32 != 0, m, n, first};
+    is_bf16 ? run<bf16>(job, threads) : run<float>(job, threads);
+}
+
+// w [rows, columns] of bf16 or floats, rows ldw apart, into panels of n_units units; what is beyond w is zero.
+extern "C" int llama_dist_lay_out(int is_bf16, const void *w, int64_t ldw, int64_t rows, int64_t columns, int64_t unit,
+                                  int64_t n_units, void *to, int threads) {
+    if (is_bf16)
+        lay_out((const bf16 *)w, ldw, rows, columns, unit, n_units, (bf16 *)to, threads);
+    else
+        lay_out((const float *)w, ldw, rows, columns, unit, n_units, (float *)to, threads);
+    return 0;
+}

@@ -1,0 +1,155 @@
+"""The product with weights in panels: near a float64 one, its units summed in the tree, each entry's bits its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama_dist.kernels import build, quantized
+from llama_dist.kernels.tree import roots, total
+from llama_dist.quant import pack as packing
+from llama_dist.quant import product
+from llama_dist.quant.pack import pack, rows, unpack
+from llama_dist.quant.packed import EXACT, Packed, empty, together
+from tests.kernel_cases import DTYPES, askew, need_kernels, same_bits, threads
+
+CPU = torch.device("cpu")
+SHAPES = (
+    (1, 1, 1),
+    (2, 17, 33),
+    (3, 35, 64),
+    (4, 16, 100),
+    (7, 130, 576),
+    (13, 6, 513),
+    (70, 64, 1100),
+    (520, 40, 600),
+)
+"""Rows, columns, and what is summed."""
+NEEDS = {0: {"fma"}, 1: {"avx2", "fma"}, 2: {"avx512f", "avx512bw", "avx512vl", "avx512dq"}}
+
+
+@pytest.fixture(autouse=True)
+def _kernels() -> None:
+    need_kernels()
+
+
+def draws(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def laid(w: torch.Tensor, n_units: int = 1) -> Packed:
+    found = empty(EXACT[w.dtype], len(w), w.shape[1] // n_units, n_units, CPU)
+    assert pack(found, w) is None
+    return found
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_near_float64(dtype: torch.dtype, m: int, n: int, k: int) -> None:
+    x, w, bias = draws(m, k, dtype=dtype), draws(n, k, dtype=dtype, seed=1), draws(n, dtype=dtype, seed=2)
+    true = x.double() @ w.double().T
+    (sums,) = product.unit_sums(x, laid(w), 0)
+    size = x.double().abs() @ w.double().abs().T + 1
+    assert float(((sums.double() - true).abs() / size).max()) < 1e-6
+    assert same_bits(product.linear(x, laid(w)), sums.to(dtype))
+    assert same_bits(product.linear(x, laid(w), bias), (sums + bias.float()).to(dtype))
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_entry_depends_on_its_row_and_column_alone(dtype: torch.dtype, m: int, n: int, k: int) -> None:
+    x, w = draws(m, k, dtype=dtype), draws(n, k, dtype=dtype, seed=1)
+    held = laid(w)
+    whole = product.linear(x, held)
+    for count in (1, 2, 3):
+        with threads(count):
+            assert same_bits(product.linear(askew(x, 3), held), whole)
+    for first in range(0, m, 1 + m // 7):
+        for some in (1, 2, 3, 4, 6, 7, 12, 13, 40):
+            assert same_bits(product.linear(x[first : first + some], held), whole[first : first + some]), (first, some)
+    for first in range(0, n, 5):
+        for some in (1, 3, 16, 33):
+            part = slice(first, first + some)
+            assert same_bits(product.linear(x, laid(w[part])), whole[:, part]), part
+
+
+@pytest.mark.parametrize(("unit", "n_units"), [(1, 9), (64, 9), (192, 8), (37, 5), (700, 3)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_units_are_summed_in_the_tree(dtype: torch.dtype, unit: int, n_units: int) -> None:
+    w = draws(19, unit * n_units, dtype=dtype, seed=1)
+    held = laid(w, n_units)
+    for m in (1, 6, 30):
+        x = draws(m, unit * n_units, dtype=dtype)
+        alone = [product.unit_sums(a, laid(b), 0)[0] for a, b in zip(x.split(unit, 1), w.split(unit, 1), strict=True)]
+        true = total([(0, i) for i in range(n_units)], alone)
+        for parts in (1, 2, 3, n_units):
+            found: list[torch.Tensor] = []
+            nodes = []
+            for part in range(parts):
+                first, stop = part * n_units // parts, (part + 1) * n_units // parts
+                found += list(product.unit_sums(x[:, first * unit : stop * unit], held.units(first, stop), first))
+                nodes += roots(first, stop - first)
+            assert same_bits(total(nodes, found), true), parts
+
+
+@pytest.mark.parametrize(("n", "unit", "n_units"), [(1, 1, 1), (16, 32, 1), (35, 37, 5), (50, 100, 2)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_come_back(
+    dtype: torch.dtype, n: int, unit: int, n_units: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = draws(n, unit * n_units, dtype=dtype)
+    held = laid(w, n_units)
+    assert torch.equal(unpack(held, dtype), w)
+    if n_units == 1:
+        ids = torch.tensor([n - 1, 0, n // 2])
+        assert torch.equal(rows(held, ids), w[ids])
+    monkeypatch.setattr(packing, "_lay", lambda: None)
+    assert torch.equal(laid(w, n_units).codes, held.codes)
+
+
+def test_weights_that_lie_together() -> None:
+    widths, w = (24, 7, 16), [draws(n, 72, dtype=torch.bfloat16, seed=n) for n in (24, 7, 16)]
+    whole, views = together([empty(EXACT[torch.bfloat16], n, 72, 1, CPU) for n in widths])
+    for view, part in zip(views, w, strict=True):
+        pack(view, part)
+    x = draws(5, 72, dtype=torch.bfloat16)
+    y = product.linear(x, whole)
+    for at, part in zip((0, 32, 48), w, strict=True):
+        assert same_bits(y[:, at : at + len(part)].contiguous(), product.linear(x, laid(part)))
+
+
+def test_broken_numbers_stay_in_their_rows() -> None:
+    held, x = laid(draws(20, 96, dtype=torch.float32)), draws(30, 96, dtype=torch.float32, seed=1)
+    x[1, 40], x[2, 95] = float("nan"), float("inf")
+    y = product.linear(x, held)
+    broken = torch.zeros(30, dtype=torch.bool)
+    broken[1:3] = True
+    assert y[~broken].isfinite().all() and not y[broken].isfinite().any()
+
+
+def test_all_ways_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four plain vectors, AVX2 and AVX-512, where the processor has them."""
+    words = set(Path("/proc/cpuinfo").read_text().split())
+    ways = [way for way, needed in NEEDS.items() if needed <= words]
+    usual, cxx = everything(), build.compiler()
+    assert cxx is not None and len(ways) > 1
+    for way in ways:
+        path = tmp_path / f"{way}.so"
+        sources = [build.SOURCES / f"{name}.cpp" for name in ("quantized", "panels")]
+        build.compile_to(path, cxx, sources, f"-DLANES={way}")
+        call: Any = build.open_library(path).llama_dist_quantized
+        call.argtypes = getattr(build.library(), "llama_dist_quantized").argtypes  # noqa: B009
+        monkeypatch.setattr(quantized, "_compiled", lambda call=call: call)
+        assert all(map(same_bits, everything(), usual)), way
+
+
+def everything() -> list[torch.Tensor]:
+    found = []
+    for dtype in DTYPES:
+        for m, n, k in SHAPES:
+            x, w = draws(m, k, dtype=dtype), draws(n, k, dtype=dtype, seed=1)
+            found += [product.linear(x, laid(w)), product.unit_sums(x, laid(w, 1 if k % 3 else 3), 2)]
+    return found
