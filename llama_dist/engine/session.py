@@ -26,6 +26,7 @@ from llama_dist.engine.scheduler import Scheduler
 from llama_dist.errors import ConfigError, Halted
 from llama_dist.kernels.quantized import compiled
 from llama_dist.model.cache import PAGE_SIZE
+from llama_dist.model.room import move_together
 from llama_dist.model.transformer import Transformer
 from llama_dist.parallel.claims import meet
 from llama_dist.parallel.control import agree, collect
@@ -152,6 +153,7 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
     packing = QUANTIZATIONS[run.quantization] if run.quantization else None
     part = Part(world.mp_rank, world.mp_size, checked.dtype, world.device, run.reproducible, packing)
     model = Transformer(config, units, part)
+    move_together(model)
     load(model, reader, progress=world.rank == 0, halted=halted)
     reader.close()
     log.info(

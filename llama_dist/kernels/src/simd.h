@@ -1,21 +1,19 @@
 // Sixteen float lanes, and how bf16 and float rows are loaded into them. One algorithm stands on top of these, on any
-// processor: AVX-512 and AVX2 by their instructions, others by the compiler's vector types.
+// processor: AVX-512 by its instructions, others by the compiler's vector types.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
-// Which instructions: 2 AVX-512, 1 AVX2, 0 what every processor has. The last two give the same bits.
+// Which instructions: 2 AVX-512, 0 what every processor has.
 #ifndef LANES
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define LANES 2
-#elif defined(__AVX2__) && defined(__FMA__)
-#define LANES 1
 #else
 #define LANES 0
 #endif
 #endif
 
-#if LANES
+#if LANES == 2
 #include <immintrin.h>
 #endif
 
