@@ -83,7 +83,7 @@ class RunConfig:
     `units` None: 8, or the model-parallel size where that is larger. `timeout` in seconds bounds every collective.
     `quantization`: how weights are packed while loading (quant/scheme.py); None: they stay in `dtype`.
     `check_every`: ticks between two comparisons of what the ranks sampled. `reproducible`: the same bits on any number
-    of ranks, in any batch.
+    of ranks, in any batch; None: where that costs next to nothing, on a CPU whose weights lie in panels.
     """
 
     ckpt_dir: str
@@ -102,7 +102,7 @@ class RunConfig:
     chat_format: str | None = None
     timeout: float = 120.0
     check_every: int = 16
-    reproducible: bool = False
+    reproducible: bool | None = None
     verbose: bool = False
 
     def __post_init__(self) -> None:

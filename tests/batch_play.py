@@ -47,11 +47,11 @@ ENCODER = Encoder(TOKENIZER, 256, 64, None, "no chat here")
 def checked(**config: Any) -> Any:
     """What of a checkpoint a job asks: its config and tensors."""
     reader = SimpleNamespace(config=SimpleNamespace(**config), tensors={})
-    return SimpleNamespace(reader=reader, tokenizer=TOKENIZER, dtype=torch.float32, max_seq_len=64)
+    return SimpleNamespace(reader=reader, tokenizer=TOKENIZER, dtype=torch.float32, max_seq_len=64, reproducible=False)
 
 
 def options(source: Path, output: Path, **flags: Any) -> BatchOptions:
-    run = RunConfig("models/tiny", **{k: flags.pop(k) for k in ("seed", "dtype") if k in flags})
+    run = RunConfig("models/tiny", **{k: flags.pop(k) for k in ("seed", "dtype", "reproducible") if k in flags})
     return BatchOptions(run, str(source), str(output), **flags)
 
 

@@ -56,9 +56,10 @@ def chat_ids(folder: str, questions: Sequence[str]) -> list[list[int]]:
     return [encode_dialog(checked.tokenizer, [{"role": "user", "content": q}], style) for q in questions]
 
 
-def llama_calls(folder: str, mp_size: int | None) -> dict[str, Any]:
+def llama_calls(folder: str, mp_size: int | None, reproducible: bool | None = None) -> dict[str, Any]:
     """What Meta's API returns on this rank, for several ways to call it."""
-    llama = Llama.build(folder, f"{folder}/tokenizer.json", 64, 3, mp_size, seed=5, dtype="float32", device="cpu")
+    how: dict[str, Any] = {"seed": 5, "dtype": "float32", "device": "cpu", "reproducible": reproducible}
+    llama = Llama.build(folder, f"{folder}/tokenizer.json", 64, 3, mp_size, **how)
     prompts = [[5, 250, 17], [42], [201, 13, 88, 5, 90], [9] * 20, [100, 101]]
     greedy, none = llama.generate(prompts, 8, temperature=0)
     sampled = llama.generate(prompts, 8, temperature=1.5, top_p=0.95)[0]

@@ -306,6 +306,26 @@ def test_another_job_is_refused_naming_what_changed(
     release(open_job(options(source, output, **flags), model, ENCODER, source))  # it is this job's from now on
 
 
+@pytest.mark.parametrize("asked", [None, True])
+def test_another_processor_is_told_and_refused_where_the_same_bits_were_asked_for(
+    source: Path, output: Path, asked: bool | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from llama_dist.frontend.batch import identity
+
+    monkeypatch.setattr(identity, "mode_of", lambda run, checked: "cpu A")
+    finish(source, output, reproducible=asked)
+    responses = [json.loads(line)["response"] for line in output.read_text().splitlines()]
+    receipts = [response["body"]["system_fingerprint"] for response in responses if response is not None]
+    assert len(set(receipts)) == 1 and receipts[0].startswith("fp_")
+    monkeypatch.setattr(identity, "mode_of", lambda run, checked: "cpu B")
+    if asked:
+        with pytest.raises(ConfigError, match=r"numeric mode \(cpu B, was cpu A\)"):
+            opened(source, output, reproducible=True)
+    else:
+        release(opened(source, output))
+        assert "may differ in their last bits from those before: cpu B, was cpu A" in caplog.text
+
+
 def test_an_output_that_is_no_batch_jobs_is_left_alone(source: Path, output: Path) -> None:
     output.write_text("my thesis\n")
     for force in (False, True):

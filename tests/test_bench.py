@@ -89,6 +89,17 @@ def test_every_figure_is_there_and_positive(n_ranks: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.spmd
+def test_what_reproducible_sums_cost(tmp_path: Path) -> None:
+    words = ["--shape=tiny", "--repeats=2", "--device=cpu", "--check_every=1", "--work=reproducible"]
+    (code, text, data), _ = run_ranks(2, bench, words, str(tmp_path))
+    assert code == 0 and data is not None
+    figures = {(figure["name"], figure["size"]): figure["values"] for figure in data["figures"]}
+    for key in (("reproducible decode", 1), ("reproducible decode", 64), ("reproducible prefill", 512)):
+        assert len(figures[key]) == 2 and all(0.01 < share < 100 for share in figures[key])
+    assert "decode, batch 64, reproducible / ordinary" in text
+
+
+@pytest.mark.spmd
 def test_growth_and_a_picture_on_a_checkpoint(checkpoint: Saver, tmp_path: Path) -> None:
     folder, plot = str(checkpoint("llama-gqa", "hf")), tmp_path / "out.png"
     words = ["--ckpt_dir", folder, "--work", "decode", "--repeats", "1", "--scale", f"--plot={plot}", "--device=cpu"]

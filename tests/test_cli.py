@@ -130,7 +130,10 @@ def test_a_missing_required_flag_is_named(command: str) -> None:
         ("bench --shape llama-9t", "--shape is 'llama-9t', must be one of tiny, smollm2-135m"),
         ("bench --shape tiny --against vlm", "--against is 'vlm', must be some of transformers,llama.cpp,vllm"),
         ("bench --shape tiny --against vllm,vllm=x", "--against is 'vllm,vllm=x', must be some of"),
-        ("bench --shape tiny --work decode,sleep", "--work is 'decode,sleep', must be some of decode,prefill,batch"),
+        (
+            "bench --shape tiny --work decode,sleep",
+            "--work is 'decode,sleep', must be some of decode,prefill,batch,reproducible",
+        ),
         ("bench --shape tiny --repeats 0", "--repeats is 0, must be 1 or more"),
         ("bench --shape tiny --scale --against vllm", "exclude each other; make two runs"),
         ("plan --ckpt_dir x --gpus 0 --gpu_memory 1GB", "--gpus is '0', must be a whole number from 1"),

@@ -32,11 +32,14 @@ def alone(checkpoint: Saver) -> dict[str, Any]:
     return run_ranks(1, llama_calls, str(checkpoint(CASE, "hf")), None)[0]
 
 
-@pytest.mark.parametrize(("world", "mp_size"), [(2, None), (3, 3), (4, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("world", "mp_size", "reproducible"),
+    [(1, None, False), (2, None, None), (2, None, False), (3, 3, None), (3, 3, False), (4, 2, False), (2, 1, None)],
+)
 def test_any_world_and_any_replicas_answer_alike(
-    checkpoint: Saver, alone: dict[str, Any], world: int, mp_size: int | None
+    checkpoint: Saver, alone: dict[str, Any], world: int, mp_size: int | None, reproducible: bool | None
 ) -> None:
-    ranks = run_ranks(world, llama_calls, str(checkpoint(CASE, "hf")), mp_size)
+    ranks = run_ranks(world, llama_calls, str(checkpoint(CASE, "hf")), mp_size, reproducible)
     assert all(r == ranks[0] for r in ranks)
     for key in ("greedy", "sampled", "again", "tokens", "text", "chat", "errors", "full"):
         assert ranks[0][key] == alone[key], key

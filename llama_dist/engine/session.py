@@ -34,6 +34,7 @@ from llama_dist.parallel.launch import read_launch
 from llama_dist.parallel.layers import Part
 from llama_dist.parallel.units import cut_model, units_for
 from llama_dist.parallel.world import World, join, model_parallel_size, pick_device
+from llama_dist.quant.product import panels
 from llama_dist.quant.scheme import QUANTIZATIONS
 from llama_dist.request import Completion, Request
 from llama_dist.text.base import Tokenizer
@@ -51,6 +52,7 @@ class Checked:
     tokenizer: Tokenizer
     max_seq_len: int
     dtype: torch.dtype
+    reproducible: bool
 
 
 @dataclass(frozen=True)
@@ -114,12 +116,14 @@ def check_run(run: RunConfig, reader: Reader | None = None, tokenizer: Tokenizer
     if run.max_seq_len is not None and run.max_seq_len > config.max_position:
         log.warning("--max_seq_len %d is beyond the %d the model was made for", run.max_seq_len, config.max_position)
     max_seq_len = run.max_seq_len or min(config.max_position, DEFAULT_SEQ_LEN)
-    return Checked(reader, tokenizer, max_seq_len, pick_dtype(run, reader, device))
+    dtype = pick_dtype(run, reader, device)
+    reproducible = panels(dtype, device) is not None if run.reproducible is None else run.reproducible
+    return Checked(reader, tokenizer, max_seq_len, dtype, reproducible)
 
 
 def mode_of(run: RunConfig, checked: Checked) -> str | None:
     """The numeric mode of a reproducible run; None for others, which promise none."""
-    if not run.reproducible:
+    if not checked.reproducible:
         return None
     launch = read_launch()
     n_units = units_for(model_parallel_size(run, launch), run.units)
@@ -151,7 +155,7 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
     )
     began = time.monotonic()
     packing = QUANTIZATIONS[run.quantization] if run.quantization else None
-    part = Part(world.mp_rank, world.mp_size, checked.dtype, world.device, run.reproducible, packing)
+    part = Part(world.mp_rank, world.mp_size, checked.dtype, world.device, checked.reproducible, packing)
     model = Transformer(config, units, part)
     move_together(model)
     load(model, reader, progress=world.rank == 0, halted=halted)
@@ -173,7 +177,7 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
     meet(world, "loaded")  # the others' memory is counted when all have taken what they need
     if any(collect(world, halted())):
         raise Halted("told to stop while the model was loaded; run it again")
-    if run.reproducible:
+    if checked.reproducible:
         refuse_unsteady(model, world)
     n_pages = count_pages(run, world, model, checked.max_seq_len)
     # With dynamic scaling a prompt's keys depend on how long the prompt is: another prompt's pages do not serve.
@@ -209,7 +213,7 @@ def refuse_unsteady(model: Transformer, world: World) -> None:
             raise ConfigError(
                 f"--reproducible cannot be kept on rank {rank}: {what} gives a row other bits beside other rows there; "
                 f"install {'Triton' if world.device.type == 'cuda' else 'g++'} for the project's own kernels, "
-                "or go without --reproducible"
+                "or go without the promise: --noreproducible"
             )
     log.info("reproducible: rows keep their bits here (checked in %.2f s)", time.monotonic() - began)
 

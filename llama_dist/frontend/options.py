@@ -34,7 +34,7 @@ SHARED_HELP: Mapping[str, str] = {
     "chat_format": "chat format in place of the one found: see `inspect`",
     "timeout": "seconds a rank waits for the others before it gives up",
     "check_every": "ticks between two comparisons of what the ranks sampled",
-    "reproducible": "the same bits on any number of ranks, in any batch, after any interruption",
+    "reproducible": "the same bits on any number of ranks, in any batch and after any stop; default: where cheap",
     "verbose": "logs of every rank, and more of them",
     "temperature": "0 is greedy; higher is more varied",
     "top_p": "mass of the nucleus to sample from, 0 to 1",
@@ -240,6 +240,7 @@ class VerifyOptions:
 
 
 BENCH_WORK = ("decode", "prefill", "batch")
+BENCH_ALL = (*BENCH_WORK, "reproducible")
 
 
 def parse_words(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
@@ -300,7 +301,10 @@ class BenchOptions:
     )
     work: tuple[str, ...] = field(
         default=BENCH_WORK,
-        metadata=option(f"what to measure, of {','.join(BENCH_WORK)}", parse=parse_words(BENCH_WORK)),
+        metadata=option(
+            f"what to measure, of {','.join(BENCH_ALL)}; the last is what reproducible sums cost",
+            parse=parse_words(BENCH_ALL),
+        ),
     )
     repeats: int = field(default=3, metadata=option("rounds; the table has medians over them"))
     json: str | None = field(default=None, metadata=option("a file for all figures, as JSON"))

@@ -93,7 +93,7 @@ def pick(n: int, path: Path, before: Before, batch: BatchOptions, checked: Check
     found = survey(Path(os.path.realpath(batch.input_file)))
     mine = fingerprint(checked, encoder, batch, found)
     mine["--cached_tokens"] = before.fingerprint.get("--cached_tokens", False)
-    changed = changes(mine, before.fingerprint)
+    changed = changes(mine, before.fingerprint, True)
     if changed:
         raise ConfigError(f"{path} cannot be computed again here, which differs in {'; '.join(changed)}")
     if mine["--cached_tokens"]:

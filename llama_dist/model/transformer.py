@@ -147,6 +147,15 @@ class Transformer(nn.Module):
             program.add_norm(x, y, x, after.weight, after.eps, normed)
         self.program = cache, program
 
+    def take_sums(self, reproducible: bool) -> None:
+        """From now on take sums by unit, or as is the fastest. Every rank of the group calls it alike."""
+        self.reproducible = reproducible
+        for module in self.modules():
+            if isinstance(module, (ColumnParallelLinear, FusedColumns, RowParallelLinear, VocabParallelEmbedding)):
+                module.reproducible = reproducible
+        if self.program is not None:
+            self.lay_out(self.program[0])
+
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Run the batch's tokens through all layers, writing the cache: the last hidden states, normed, [n, dim].
 

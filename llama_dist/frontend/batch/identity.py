@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from llama_dist.frontend.batch.prompts import Encoder
 from llama_dist.frontend.batch.survey import Survey
 from llama_dist.frontend.options import BatchOptions
 from llama_dist.text.tokenizer import PieceTokenizer
+
+log = logging.getLogger("llama_dist")
 
 Fingerprint = dict[str, Any]
 """Names of what results depend on, and what each is in this job; JSON values."""
@@ -93,8 +96,8 @@ def fingerprint(checked: Checked, encoder: Encoder, options: BatchOptions, found
 
 
 def job_id(mine: Fingerprint) -> str:
-    """16 hex digits of what was asked; the versions play no part."""
-    asked = {name: value for name, value in mine.items() if not name.startswith("version")}
+    """16 hex digits of what was asked; versions and processors play no part."""
+    asked = {name: value for name, value in mine.items() if not name.startswith(("version", "numeric"))}
     return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -106,12 +109,18 @@ def system_fingerprint(mine: Fingerprint) -> str | None:
     return "fp_" + hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def changes(mine: Fingerprint, before: Mapping[str, Any]) -> list[str]:
-    """What differs from an earlier run, a phrase each."""
+def changes(mine: Fingerprint, before: Mapping[str, Any], reproducible: bool | None) -> list[str]:
+    """What differs from an earlier run, a phrase each.
+
+    `reproducible` None: nobody asked for the same bits, so another numeric mode is told and does not count.
+    """
     found = []
     for name, value in mine.items():
         old = before.get(name)
         if old == value:
+            continue
+        if name == "numeric mode" and reproducible is None:
+            log.warning("this run's numbers may differ in their last bits from those before: %s, was %s", value, old)
             continue
         if isinstance(value, dict):
             counts = f"{value['lines']} lines, {value['bytes']} bytes"

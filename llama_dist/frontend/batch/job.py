@@ -99,7 +99,7 @@ def open_job(options: BatchOptions, checked: Checked, encoder: Encoder, source: 
         given = STDIO if is_stream(options.input_file) else os.path.abspath(options.input_file)
         start = Beginning(model_name(options.run.ckpt_dir), now, given)
         if path is not None:
-            start = _accept(path, mine, options.force) or start
+            start = _accept(path, mine, options.force, options.run.reproducible) or start
         if options.strict:
             check_all(found, replace(encoder, now=start.at), options.input_file)
         failed = 0
@@ -108,7 +108,7 @@ def open_job(options: BatchOptions, checked: Checked, encoder: Encoder, source: 
             failed = restore(path, found, options.retry_failed)
         if path is not None and lock is not None and options.shared_output:
             lock.share()
-            start = enter(path, mine, start, options.force)
+            start = enter(path, mine, start, options.force, options.run.reproducible)
             # In this order: what is done after one of them was asked is seen by the next.
             task = Task(task_label(), options.lease_timeout, stamp_of(path), others_wrote(path))
             failed = take_stock_of_all(path, found)
@@ -131,7 +131,7 @@ def _lock(path: Path, options: BatchOptions) -> Lock:
         raise
 
 
-def _accept(path: Path, mine: dict[str, object], force: bool) -> Beginning | None:
+def _accept(path: Path, mine: dict[str, object], force: bool, reproducible: bool | None) -> Beginning | None:
     """How results that stand already were begun, None where there are none. ConfigError if they are not ours."""
     firsts = (next(iter(records(p)), None) for p in (path, *outfile.parts_of(path)))
     first = next((record for record in firsts if record is not None), None)
@@ -147,7 +147,7 @@ def _accept(path: Path, mine: dict[str, object], force: bool) -> Beginning | Non
                 "--force takes them as this job's"
             )
         return None
-    changed = changes(mine, before.fingerprint)
+    changed = changes(mine, before.fingerprint, reproducible)
     if changed and not force:
         raise ConfigError(
             f"{path} belongs to a job that differs in {'; '.join(changed)}; give another --output_file, "

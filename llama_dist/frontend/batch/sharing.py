@@ -89,7 +89,7 @@ def stamp_of(output: Path) -> Stamp | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def enter(output: Path, mine: Fingerprint, start: Beginning, force: bool) -> Beginning:
+def enter(output: Path, mine: Fingerprint, start: Beginning, force: bool, reproducible: bool | None) -> Beginning:
     """Join the tasks that work on the output, or be the first; how their job began. ConfigError for another job's.
 
     Of several that come at once one decides, by the link that only one can make.
@@ -108,7 +108,7 @@ def enter(output: Path, mine: Fingerprint, start: Beginning, force: bool) -> Beg
             before = read_identity(agreed)
             if before is None:
                 continue
-            changed = changes(mine, before.fingerprint)
+            changed = changes(mine, before.fingerprint, reproducible)
             if changed and not force:
                 raise ConfigError(
                     f"{output} is shared by tasks that differ in {'; '.join(changed)}; start them all alike, give "

@@ -12,7 +12,7 @@ from llama_dist.frontend.bench.cost import Cost, Model, job_cost, least_seconds,
 Key = tuple[str, int]
 """What was measured, and its size: ("decode", batch), ("prefill", tokens); 0 for what has none."""
 
-RATE, SECONDS, BYTES = "tokens/s", "s", "bytes"
+RATE, SECONDS, BYTES, SHARE = "tokens/s", "s", "bytes", "share"
 UNITS: Mapping[str, str] = {
     "decode": RATE,
     "prefill": RATE,
@@ -22,6 +22,8 @@ UNITS: Mapping[str, str] = {
     "reductions": SECONDS,
     "host memory": BYTES,
     "device memory": BYTES,
+    "reproducible decode": SHARE,
+    "reproducible prefill": SHARE,
 }
 
 

@@ -33,6 +33,7 @@ class Rounds:
         self.measured: dict[Key, list[float]] = {}
         self.contexts: dict[int, float] = {}
         self.left_out: list[tuple[str, str]] = []
+        self._played = 0
         self._jobs = [*self._find(chosen)]
 
     def _find(self, chosen: tuple[str, ...]) -> Iterator[tuple[Key, Callable[[], float]]]:
@@ -46,6 +47,13 @@ class Rounds:
                 yield ("prefill", n), functools.partial(player.prefill, n)
         if "batch" in chosen and self._fits("mixed batch", 1, max(MIXED_PROMPTS) + MIXED_NEW):
             yield ("batch", 0), player.mixed
+        if "reproducible" in chosen:
+            for batch in (min(STEPS), max(STEPS)):
+                if self._fits(f"both kinds of sums, batch {batch}", batch, PROMPT + STEPS[batch] + WARM + batch):
+                    yield ("reproducible decode", batch), functools.partial(self._share, player.decode_rate, batch)
+            n = min(PREFILL)
+            if self._fits(f"both kinds of sums, prefill of {n:,} tokens", 1, n):
+                yield ("reproducible prefill", n), functools.partial(self._share, player.prefill, n)
 
     def _fits(self, what: str, sequences: int, length: int) -> bool:
         why = self._player.no_room(sequences, length)
@@ -57,8 +65,21 @@ class Rounds:
         rate, self.contexts[batch] = self._player.decode(batch)
         return rate
 
+    def _share(self, work: Callable[[int], float], size: int) -> float:
+        """The rate with reproducible sums over that with ordinary ones; which come first changes by the round."""
+        model, rates = self._player.session.engine.model, {}
+        usual, first = model.reproducible, bool(self._played % 2)
+        try:
+            for reproducible in (first, not first):
+                model.take_sums(reproducible)
+                rates[reproducible] = work(size)
+        finally:
+            model.take_sums(usual)
+        return rates[True] / rates[False]
+
     def play(self) -> None:
         """One round."""
+        self._played += 1
         for key, job in self._jobs:
             log.info("measuring %s %s", key[0], key[1] or "")
             self.measured.setdefault(key, []).append(job())

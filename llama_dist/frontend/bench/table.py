@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from llama_dist.frontend.bench.figures import BYTES, RATE, Figure, Limits
+from llama_dist.frontend.bench.figures import BYTES, RATE, SHARE, Figure, Limits
 from llama_dist.frontend.bench.machine import About
 from llama_dist.frontend.bench.results import Contender, Results
 from llama_dist.frontend.bench.scaling import STEEPEST, Series
@@ -21,6 +21,8 @@ def show_value(value: float, unit: str) -> str:
         return show_bytes(int(value))
     if unit == RATE:
         return show_number(value)
+    if unit == SHARE:
+        return f"{value:.2f}"
     return f"{show_number(value)} s" if value >= 0.1 else f"{show_number(1000 * value)} ms"
 
 
@@ -35,6 +37,8 @@ def title(figure: Figure) -> str:
         "reductions": "reductions of a token",
         "host memory": "peak host memory a rank",
         "device memory": "peak device memory a rank",
+        "reproducible decode": f"decode, batch {figure.size}, reproducible / ordinary",
+        "reproducible prefill": f"prefill of {figure.size:,} tokens, reproducible / ordinary",
     }
     return names[figure.name] + (f", {RATE}" if figure.unit == RATE else "")
 

@@ -114,6 +114,10 @@ class Player:
         self.drop()
         return batch * n / seconds, sum(lengths) / batch + (n - 1) / 2
 
+    def decode_rate(self, batch: int) -> float:
+        """The rate of `decode` alone."""
+        return self.decode(batch)[0]
+
     def prefill(self, n: int) -> float:
         """Prompt tokens a second of one prompt of `n` tokens, its first new token included."""
         # A prompt as long as a sequence may be leaves no room for that one.
