@@ -66,7 +66,7 @@ def prepare(options: VerifyOptions) -> Callable[[], int]:
     if before is None:
         raise ConfigError(f"--output_file {path}: there is no {fingerprint_path(path).name} beside it, no batch job")
     if "numeric mode" not in before.fingerprint:
-        raise ConfigError(f"{path} is of a job without --reproducible: another run may differ in its last bits")
+        raise ConfigError(f"{path} is of a job that was not reproducible: another run may differ in its last bits")
     run = dataclasses.replace(options.run, reproducible=True, **_settings(before.fingerprint))
     if model_parallel_size(run, read_launch()) < read_launch().size:
         raise ConfigError("verify runs one copy of the model; leave --model_parallel_size out")

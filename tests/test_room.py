@@ -1,0 +1,39 @@
+"""All weights of a model in one place, what is a view of another still that."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+
+import pytest
+import torch
+
+from llama_dist.engine.plan import units_of
+from llama_dist.model import room
+from llama_dist.model.shapes import SHAPES
+from llama_dist.model.transformer import Transformer
+from llama_dist.parallel import layers
+from llama_dist.parallel.layers import Part
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no large pages on this system")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_lie_in_one_room(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers.fs, "get_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(room, "LEAST", 1)
+    config = SHAPES["tiny"]
+    model = Transformer(config, units_of(config, 1, None), Part(0, 1, dtype, torch.device("cpu")))
+    shapes = {name: tuple(weight.shape) for name, (weight, _) in model.weights().items()}
+    room.move_together(model)
+    assert {name: tuple(weight.shape) for name, (weight, _) in model.weights().items()} == shapes
+    tensors = [t for t in room._tensors(model) if t.numel()]
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == 1
+    assert not any(t.count_nonzero() for t in tensors)
+    # Each logical weight has bytes of its own, and a fused one is made of its parts.
+    parts = [t for weight, _ in model.weights().values() for t in getattr(weight, "parts", (weight,)) if t.numel()]
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in parts)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    attention = model.layers[1].attention
+    fused, first = (getattr(m.weight, "codes", m.weight) for m in (attention.wqkv, attention.wq))
+    first.fill_(7)
+    assert fused.data_ptr() == first.data_ptr() and bool((fused[: len(first)] == 7).all())
