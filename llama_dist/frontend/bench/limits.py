@@ -93,7 +93,9 @@ def _reads(world: World, memory: torch.Tensor) -> Iterator[tuple[str, float, Cal
 def _products(world: World, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, float, Callable[[], Any]]]:
     device = world.device
     scheme = panels(dtype, device)
-    own = scheme is None and all(collect(world, compiled(torch.empty(0, dtype=dtype, device=device))))
+    # Every rank measures the same ones, whatever its processor.
+    laid_out = all(collect(world, scheme is not None))
+    own = all(collect(world, compiled(torch.empty(0, dtype=dtype, device=device)))) and not laid_out
     sizes = [(ROWS, config.dim, config.hidden_dim), *((n, n, n) for n in SIDES[device.type])]
     for m, k, n in sizes:
         x = torch.full((m, k), 0.5, dtype=dtype, device=device)
@@ -103,11 +105,11 @@ def _products(world: World, config: ModelConfig, dtype: torch.dtype) -> Iterator
         if own:
             yield f"own product of {m} x {k} x {n}", amount, functools.partial(linear, x, w)
             yield f"layers' product of {m} x {k} x {n}", amount, functools.partial(fastest, x, w, None)
-        if scheme is not None:
+        if scheme is not None and laid_out:
             laid = empty(scheme, n, k, 1, device)
             pack(laid, w)
             yield f"layers' product of {m} x {k} x {n}", amount, functools.partial(packed_linear, x, laid)
-        if scheme is not None and dtype != torch.float32:
+        if laid_out and dtype != torch.float32:
             yield (
                 f"torch's float32 product of {m} x {k} x {n}",
                 amount,
