@@ -15,6 +15,7 @@ from llama_dist.engine.pages import PageTable
 from llama_dist.engine.serve import Message, serve
 from llama_dist.engine.stats import EngineStats
 from llama_dist.errors import ConfigError
+from llama_dist.model.cache import PAGE_SIZE
 from llama_dist.request import Cancel, Completion, Request, SamplingParams, Stop
 from tests.jobs import Ask, open_for
 
@@ -33,7 +34,7 @@ class Run:
 def engine_for(folder: str, run: Run) -> Engine:
     engine = open_for(Ask(folder, [], 0, run.options)).engine
     if run.pages is not None:
-        engine.scheduler.table = PageTable(run.pages, engine.cache.page_size)
+        engine.scheduler.table = PageTable(run.pages, PAGE_SIZE)
     return engine
 
 

@@ -13,6 +13,7 @@ from llama_dist.engine.engine import Engine
 from llama_dist.engine.session import Session, check_run, complete, open_session
 from llama_dist.errors import DesyncError, RequestError
 from llama_dist.generation import Llama
+from llama_dist.model.cache import PAGE_SIZE
 from llama_dist.parallel.launch import read_launch
 from llama_dist.request import Request, SamplingParams
 from llama_dist.text.chat import encode_dialog, pick_chat_format
@@ -127,7 +128,7 @@ def bytes_held(folder: str, quantization: str | None = None) -> dict[str, int]:
     return {
         "weights": weight_bytes(session),
         "cache": cache.n_bytes,
-        "cache_tokens": cache.n_pages * cache.page_size,
+        "cache_tokens": cache.n_pages * PAGE_SIZE,
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llama_dist.kernels import build
-from llama_dist.kernels.attention import PAGE_SIZE, attend
+from llama_dist.kernels.attention import PAGE_SIZE, attend, compiled_for, laid_out
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -64,8 +64,13 @@ Part = tuple[Text, int, int]
 """The tokens of a text from ... to before ..."""
 
 
-def arguments(parts: Sequence[Part], of_query: Sequence[int], *, seed: int = 0, offset: int = 0) -> list[torch.Tensor]:
-    """What `attend` takes, the parts as spans in random pages. All else in the cache is NaN, later keys too."""
+def arguments(
+    parts: Sequence[Part], of_query: Sequence[int], *, seed: int = 0, offset: int = 0, compiled: bool = False
+) -> list[torch.Tensor]:
+    """What `attend` takes, the parts as spans in random pages. All else in the cache is NaN, later keys too.
+
+    For the compiled `attend` the cache is laid out as it has it.
+    """
     counts = [-(-stop // PAGE_SIZE) for _, _, stop in parts]
     order = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(seed))
     tables = torch.full((len(parts), max(counts)), -1, dtype=torch.int32)
@@ -81,6 +86,9 @@ def arguments(parts: Sequence[Part], of_query: Sequence[int], *, seed: int = 0, 
         tables[i, : counts[i]] = pages
         slots = (pages[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()[:stop]
         keys[:, slots], values[:, slots] = it.k[:, :stop], it.v[:, :stop]
+    if compiled:
+        assert compiled_for(first.q)
+        keys, values = (askew(x, offset) for x in laid_out(keys.contiguous(), values.contiguous()))
     q = askew(torch.cat([it.q[start:stop] for it, start, stop in parts]), offset)
     numbers = ([start for _, start, _ in parts], [stop - start for _, start, stop in parts], list(of_query))
     return [q, keys, values, tables, *(torch.tensor(row, dtype=torch.int32) for row in numbers)]
@@ -90,5 +98,5 @@ def attended(
     parts: Sequence[Part], of_query: Sequence[int], window: int = 0, *, seed: int = 0, offset: int = 0
 ) -> list[torch.Tensor]:
     """`attend` over the parts as one batch -> [length, heads * head_dim] of each."""
-    out = attend(*arguments(parts, of_query, seed=seed, offset=offset), window)
+    out = attend(*arguments(parts, of_query, seed=seed, offset=offset, compiled=True), window)
     return list(torch.split(out, [stop - start for _, start, stop in parts]))

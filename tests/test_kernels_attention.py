@@ -60,14 +60,14 @@ def cuts(length: int, draw: random.Random) -> list[int]:
     return [0, *sorted(draw.sample(range(1, length), min(length - 1, draw.choice([1, 3, 9])))), length]
 
 
-@pytest.mark.parametrize("window", [0, 600, 30])
+@pytest.mark.parametrize(("window", "head_dim"), [(0, 20), (0, 32), (600, 64), (30, 16)])
 @pytest.mark.parametrize("of_query", MAPS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_do_not_depend_on_neighbours_chunks_pages_threads_or_alignment(
-    dtype: torch.dtype, of_query: tuple[int, ...], window: int
+    dtype: torch.dtype, of_query: tuple[int, ...], window: int, head_dim: int
 ) -> None:
     draw = random.Random(f"{dtype} {of_query} {window}")
-    texts = [text(length, len(of_query), 3, 20, dtype, seed=length) for length in (1100, 530, 90, 17, 5)]
+    texts = [text(length, len(of_query), 3, head_dim, dtype, seed=length) for length in (1100, 530, 90, 17, 5)]
     alone = [attended([(it, 0, len(it.q))], of_query, window)[0] for it in texts]
     for trial in range(8):
         parts: list[Part] = []
@@ -96,15 +96,17 @@ def test_bits_do_not_depend_on_which_heads_a_rank_holds(dtype: torch.dtype) -> N
         assert same_bits(found, whole[190:, first:last])
 
 
-def test_many_readers_of_one_head_are_more_than_a_tile() -> None:
-    it = text(70, 71, 1, 16, torch.float32)
-    whole = attended([(it, 0, 70)], [0] * 71)[0]
-    assert within(whole, plain((it, 0, 70), [0] * 71, 0), 0)
-    assert same_bits(attended([(it, 69, 70)], [0] * 71)[0], whole[69:])
+@pytest.mark.parametrize("readers", [7, 12, 13, 71])
+def test_many_readers_of_one_head_are_more_than_a_group_or_a_tile(readers: int) -> None:
+    it = text(70, readers, 1, 16, torch.float32)
+    whole = attended([(it, 0, 70)], [0] * readers)[0]
+    assert within(whole, plain((it, 0, 70), [0] * readers, 0), 0)
+    for place in (0, 14, 15, 16, 69):
+        assert same_bits(attended([(it, place, place + 1)], [0] * readers)[0], whole[place : place + 1])
 
 
 def test_queries_may_be_columns_of_a_wider_product() -> None:
-    args = arguments([(text(40, 6, 3, 20, torch.bfloat16), 0, 40)], MAPS[3])
+    args = arguments([(text(40, 6, 3, 20, torch.bfloat16), 0, 40)], MAPS[3], compiled=True)
     wide = torch.cat([args[0].flatten(1), torch.full((40, 7), float("nan"), dtype=torch.bfloat16)], dim=1)
     columns = wide[:, :120].unflatten(1, (6, 20))
     assert not columns.is_contiguous()

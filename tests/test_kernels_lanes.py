@@ -61,7 +61,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[ctypes.CDLL], None]:
 def everything(dtype: torch.dtype, head_dim: int) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(head_dim)
     it = text(600, 6, 3, head_dim, dtype)
-    args = arguments([(it, 0, 45), (it, 590, 600), (it, 7, 8)], (0, 1, 1, 2, 2, 2))
+    args = arguments([(it, 0, 45), (it, 590, 600), (it, 7, 8)], (0, 1, 1, 2, 2, 2), compiled=True)
     x, y = (torch.randn(9, 11 * head_dim, generator=draw).to(dtype) * 9 for _ in range(2))
     x[0, :4] = torch.tensor([float("nan"), -100.0, 100.0, float("inf")]).to(dtype)
     gate = small.silu_mul(x, y).nan_to_num(3)

@@ -1,4 +1,7 @@
-"""Attention over the pages of the cache: C++ and Triton, whose rows do not depend on the batch, and their twin."""
+"""Attention over the pages of the cache: C++ and Triton, whose rows do not depend on the batch, and their twin.
+
+C++ has a cache of its own order, `laid_out`: one load takes a number or two of each key of a page.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 @functools.cache
 def _compiled() -> object:
-    q, cache, spans = (c_void_p, c_long), (c_void_p, c_void_p, c_long, c_long), (c_void_p, c_int, c_void_p, c_void_p)
+    q, cache, spans = (c_void_p, c_long), (c_void_p, c_void_p, c_long), (c_void_p, c_int, c_void_p, c_void_p)
     rest = (c_int, c_void_p, c_int, c_int, c_int, c_int, c_void_p, c_int)
     return build.function("attend", c_int, *q, *cache, *spans, *rest)
 
@@ -26,6 +29,19 @@ def compiled_for(q: torch.Tensor) -> bool:
     """Whether C++ computes the attention of such queries [n, heads, head_dim]."""
     fits = q.device.type == "cpu" and q.dtype in DTYPES and q.shape[-1] <= MAX_HEAD_DIM
     return fits and _compiled() is not None
+
+
+def laid_out(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [kv_heads, slots, head_dim] in the order that C++ has them in, of the same shapes.
+
+    Pages first, then heads; in them keys [head_dim / 2, PAGE_SIZE, 2] of bfloat16 or [head_dim, PAGE_SIZE] of float32,
+    and values [PAGE_SIZE, head_dim].
+    """
+    together = 2 if keys.dtype == torch.bfloat16 else 1
+    heads, slots, head_dim = keys.shape
+    pages = keys.view(heads, slots // PAGE_SIZE, PAGE_SIZE, head_dim // together, together)
+    keys = pages.permute(1, 0, 3, 2, 4).reshape(keys.shape)
+    return keys, values.view(heads, slots // PAGE_SIZE, -1).transpose(0, 1).reshape(values.shape)
 
 
 def _triton_for(q: torch.Tensor) -> bool:
@@ -56,10 +72,10 @@ def attend(
     """Causal attention of the newest queries of some sequences over all their keys -> [n, heads * head_dim].
 
     q [n, heads, head_dim], of any row stride: the lengths[i] tokens of span i from position starts[i] on, spans laid
-    end to end; keys, values [kv_heads, slots, head_dim], the tokens' own included; tables [spans, pages] the pages of
-    PAGE_SIZE slots in which each span's sequence lies; of_query [heads] the KV head that a head reads, rising. These
-    four are int32; tables, starts and lengths lie where the queries do, of_query on the CPU. With a window a query sees
-    that many keys, itself the last.
+    end to end; keys, values [kv_heads, slots, head_dim], the tokens' own included, `laid_out` where it is
+    `compiled_for` such queries; tables [spans, pages] the pages of PAGE_SIZE slots in which each span's sequence lies;
+    of_query [heads] the KV head that a head reads, rising. These four are int32; tables, starts and lengths lie where
+    the queries do, of_query on the CPU. With a window a query sees that many keys, itself the last.
 
     In C++ and Triton a row's bits depend on its query, its keys and their number alone. If a page is not in the cache:
     IndexError on a CPU, rows of NaN on a GPU, for which nobody waits here.
@@ -73,6 +89,7 @@ def attend(
         return attend_twin(q, keys, values, tables, starts, lengths, of_query, window)
     n, heads, head_dim = q.shape
     _check(q, keys, values)
+    assert keys.is_contiguous() and values.is_contiguous() and keys.shape[1] % PAGE_SIZE == 0, "whole pages"
     small = (tables, starts, lengths, of_query)
     assert all(t.dtype == torch.int32 and t.is_contiguous() and t.device.type == "cpu" for t in small), "int32, packed"
     out = torch.empty((n, heads * head_dim), dtype=q.dtype)
@@ -82,7 +99,6 @@ def attend(
         q.stride(0),
         keys.data_ptr(),
         values.data_ptr(),
-        keys.stride(0),
         keys.shape[1],
         tables.data_ptr(),
         tables.shape[1],

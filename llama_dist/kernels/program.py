@@ -124,9 +124,9 @@ class Program:
         self._add(PLANES, planes, planes.stride(0), packed, len(nodes), y, planes.shape[2])
 
     def rope(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Rotate q in place; write k, rotated, and v to the call's slots of the cache [kv_heads, slots, head_dim]."""
+        """Rotate q in place; write k, rotated, and v to the call's slots of the cache, as `rope_write` does."""
         dim, n_kv = keys.shape[2], keys.shape[0]
-        sizes = (keys.stride(0), q.shape[1] // dim, n_kv, dim)
+        sizes = (q.shape[1] // dim, n_kv, dim)
         self._add(ROPE, q, q.stride(0), k, k.stride(0), v, v.stride(0), keys, values, *sizes)
 
     def attend(
@@ -140,7 +140,7 @@ class Program:
     ) -> None:
         """out [most, heads * head_dim], packed: attention of the call's spans (`kernels.attention.attend`)."""
         sizes = (len(of_query), keys.shape[0], keys.shape[2], window)
-        self._add(ATTEND, q, q.stride(0), keys, values, keys.stride(0), of_query, *sizes, out)
+        self._add(ATTEND, q, q.stride(0), keys, values, of_query, *sizes, out)
 
     def gate(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         """out = silu(a) * b, packed."""

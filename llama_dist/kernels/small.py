@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llama_dist.kernels import build, triton_here
+from llama_dist.kernels import attention, build, triton_here
 from llama_dist.kernels.steady import steady
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -23,7 +23,7 @@ def _norm() -> Any:
 
 @functools.cache
 def _rope() -> Any:
-    rows, cache = (c_void_p, c_long) * 3, (c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_long, c_void_p)
+    rows, cache = (c_void_p, c_long) * 3, (c_void_p, c_void_p, c_void_p, c_void_p, c_long, c_void_p)
     return build.function("rope_write", c_int, *rows, *cache, c_long, c_long, c_long, c_long, c_int)
 
 
@@ -101,20 +101,22 @@ def rope_write(
     """Rotate q in place; write k, rotated, and v to their slots [n] (int64) of the cache.
 
     q [n, heads, head_dim]; k, v [n, kv_heads, head_dim]; all of any row stride, such as columns of one fused product.
-    cos, sin float32 [n, head_dim / 2] (half-rotated order); keys, values [kv_heads, n_slots, head_dim]. Both ways
-    give the same bits. IndexError if a slot is not in the cache.
+    cos, sin float32 [n, head_dim / 2] (half-rotated order); keys, values [kv_heads, n_slots, head_dim],
+    `attention.laid_out` where attention is `attention.compiled_for` q. Both ways give the same bits. IndexError if a
+    slot is not in the cache.
     """
-    if not compiled_for(q):
+    if not attention.compiled_for(q):
         return rope_write_twin(q, k, v, cos, sin, keys, values, slots)
     n, heads, dim = q.shape
     for t in (q, k, v, keys, values):
         assert t.stride()[1:] == (dim, 1) and t.dtype == q.dtype, "heads side by side, of one type"
-    assert k.shape == v.shape == (n, keys.shape[0], dim) and keys.stride() == values.stride(), "a cache like the heads"
+    assert k.shape == v.shape == (n, keys.shape[0], dim) and keys.shape == values.shape, "a cache like the heads"
+    assert keys.is_contiguous() and values.is_contiguous() and keys.shape[1] % attention.PAGE_SIZE == 0, "whole pages"
     for t in (cos, sin):
         assert t.dtype == torch.float32 and t.is_contiguous() and t.numel() == n * dim // 2, "float32 [n, head_dim / 2]"
     assert slots.dtype == torch.int64 and slots.is_contiguous() and len(slots) == n, "int64 [n]"
     rows = (q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0))
-    cache = (keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.shape[1], slots.data_ptr())
+    cache = (keys.data_ptr(), values.data_ptr(), keys.shape[1], slots.data_ptr())
     sizes = (n, heads, keys.shape[0], dim, torch.get_num_threads())
     fault = _rope()(q.dtype == torch.bfloat16, *rows, cos.data_ptr(), sin.data_ptr(), *cache, *sizes)
     if fault:

@@ -13,7 +13,7 @@ from torch import nn
 
 from llama_dist.config import ModelConfig
 from llama_dist.kernels import attention as pages
-from llama_dist.kernels.attention import PAGE_SIZE, paged
+from llama_dist.kernels.attention import paged
 from llama_dist.kernels.program import Program
 from llama_dist.kernels.small import rope_write
 from llama_dist.model.cache import Batch, KVCache
@@ -98,7 +98,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         keys, values = cache.layers[self.layer]
         rope_write(q, k, v, *angles, keys, values, batch.slots)
-        if cache.page_size == PAGE_SIZE and paged(q):
+        if paged(q):
             out = pages.attend(q, keys, values, batch.tables, batch.starts, batch.counts, self.reads, self.window or 0)
             return self.wo(out)  # type: ignore[no-any-return]
         lengths = [span.length for span in batch.spans]

@@ -30,8 +30,8 @@ class Span:
 class Batch:
     """The tokens of one forward pass, all spans laid end to end.
 
-    Example with pages of 4: a prompt of 3 tokens in page 2 beside the 6th token of a sequence in pages 0 and 5:
-    positions [0, 1, 2, 5], slots [8, 9, 10, 21]. `lengths` is what rotary scaling may depend on, see rope.py.
+    Example: a prompt of 3 tokens in page 2 beside the 18th token of a sequence in pages 0 and 5: positions
+    [0, 1, 2, 17], slots [32, 33, 34, 81]. `lengths` is what rotary scaling may depend on, see rope.py.
     `places[i]` is where span i reads: the first slot if its sequence lies in one piece, else all its slots.
     """
 
@@ -43,23 +43,22 @@ class Batch:
     tables: torch.Tensor  # [spans, pages] int32: the pages of each span's sequence
     starts: torch.Tensor  # [spans] int32; so too how many tokens each span has
     counts: torch.Tensor
-    page_size: int
 
     @functools.cached_property
     def places(self) -> tuple[int | torch.Tensor, ...]:
         """Made when first asked for: attention in C++ and Triton reads by `tables`."""
-        return tuple(_place(span, self.page_size, self.tokens.device) for span in self.spans)
+        return tuple(_place(span, self.tokens.device) for span in self.spans)
 
 
-def _place(span: Span, page_size: int, device: torch.device) -> int | torch.Tensor:
-    pages = span.pages[: -(-span.stop // page_size)]
+def _place(span: Span, device: torch.device) -> int | torch.Tensor:
+    pages = span.pages[: -(-span.stop // PAGE_SIZE)]
     if all(b == a + 1 for a, b in itertools.pairwise(pages)):
-        return pages[0] * page_size
-    slots = torch.tensor(pages)[:, None] * page_size + torch.arange(page_size)
+        return pages[0] * PAGE_SIZE
+    slots = torch.tensor(pages)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)
     return slots.flatten()[: span.stop].to(device)
 
 
-def make_batch(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device, page_size: int = PAGE_SIZE) -> Batch:
+def make_batch(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device) -> Batch:
     """Lay spans with their tokens end to end."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -71,20 +70,23 @@ def make_batch(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device,
         places = range(span.start, span.stop)
         positions.extend(places)
         lengths.extend(max(p + 1, span.prompt_len) for p in places)
-        slots.extend(span.pages[p // page_size] * page_size + p % page_size for p in places)
+        slots.extend(span.pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in places)
     packed = torch.tensor([tokens, positions, lengths, slots], dtype=torch.int64).to(device)
     spans = tuple(span for span, _ in rows)
-    held = [span.pages[: -(-span.stop // page_size)] for span in spans]
+    held = [span.pages[: -(-span.stop // PAGE_SIZE)] for span in spans]
     most = max((len(pages) for pages in held), default=0)
     tables = torch.tensor([[*pages, *[0] * (most - len(pages))] for pages in held], dtype=torch.int32)
     starts = torch.tensor([span.start for span in spans], dtype=torch.int32)
     counts = torch.tensor([span.length for span in spans], dtype=torch.int32)
     tables, starts, counts = (t.to(device) for t in (tables, starts, counts))
-    return Batch(packed[0], packed[1], packed[2], packed[3], spans, tables, starts, counts, page_size)
+    return Batch(packed[0], packed[1], packed[2], packed[3], spans, tables, starts, counts)
 
 
 class KVCache:
-    """`n_pages` pages of keys and values for this rank's KV heads, a tensor a layer."""
+    """`n_pages` pages of keys and values for this rank's KV heads, a tensor a layer.
+
+    Where attention is C++'s they lie in its order (`laid_out` in kernels/attention.py), and nothing else reads them.
+    """
 
     def __init__(
         self,
@@ -95,10 +97,9 @@ class KVCache:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        page_size: int = PAGE_SIZE,
     ) -> None:
-        self.n_pages, self.page_size = n_pages, page_size
-        shape = (2, n_kv_heads, n_pages * page_size, head_dim)
+        self.n_pages = n_pages
+        shape = (2, n_kv_heads, n_pages * PAGE_SIZE, head_dim)
         self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(n_layers)]
 
     @property

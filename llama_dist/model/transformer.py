@@ -174,7 +174,7 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         n = len(x)
         program.rows("x", self.config.dim)[:n] = x
-        n_slots = cache.n_pages * cache.page_size
+        n_slots = cache.n_pages * PAGE_SIZE
         program.run(n, batch.slots, n_slots, batch.tables, batch.starts, batch.counts, *angles)
         return program.rows("normed", self.config.dim)[:n]
 

@@ -1,31 +1,30 @@
-// Causal attention over the paged cache. A row is one query head of one token; its keys are taken in pages of 16, from
+// Causal attention over the paged cache. A row is one query head of one token; its keys are taken in blocks of 64, from
 // position 0 on, with a running maximum and sum; every 512 keys the running numbers start anew and are merged in order.
 //
-// So a row's bits follow from its query, its keys and their positions, however rows are tiled and dealt to threads.
+// A score is one chain of products along the head, a value one along the keys. So a row's bits follow from its query, its
+// keys and their positions, however rows are tiled and dealt to threads.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "dots.h"
+#include "attention_tiles.h"
 #include "team.h"
 
 namespace {
 
-constexpr int PAGE = WIDTH;
-constexpr int ROWS = 32;      // of a tile: they share each page's keys and values, which are widened once
 constexpr int SEGMENT = 512;  // keys, after which partial results are merged: threads may share a long sequence
-constexpr int MAX_DIM = 256;
+constexpr int ROWS = 48;      // of a tile: they share each block's keys and values, which are widened once
+constexpr int FEW = 12;       // rows of one token; more of them share what is widened
 
 template <class T>
 struct Job {
     const T *q;  // [n, heads, dim], rows q_stride apart
     long q_stride;
-    const T *keys, *values;  // [kv_heads, slots, dim], heads head_stride apart
-    long head_stride;
+    const T *keys, *values;  // [pages][kv_heads] of panels of sixteen keys, and of rows [16][dim]
     const int *tables;  // [spans, max_pages]
     int max_pages;
     const int *starts, *lengths;
-    int heads, dim, window;
+    int heads, kv_heads, dim, window;
     T *out;  // [n, heads, dim]
     std::vector<int> readers, first_reader;  // the query heads in the order of their KV heads; where each one's begin
     std::vector<long> first_token;           // of each span
@@ -44,17 +43,27 @@ template <class T>
 struct Rows {
     const Job<T> &job;
     const Tile &tile;
+    const Tile *after;  // what this thread is likely to take next
     int n_readers;
 
-    Rows(const Job<T> &job, const Tile &tile)
-        : job(job), tile(tile), n_readers(job.first_reader[tile.kv_head + 1] - job.first_reader[tile.kv_head]) {}
+    Rows(const Job<T> &job, const Tile &tile, const Tile *after = nullptr)
+        : job(job),
+          tile(tile),
+          after(after),
+          n_readers(job.first_reader[tile.kv_head + 1] - job.first_reader[tile.kv_head]) {}
     int token(int row) const { return (tile.first + row) / n_readers; }
     int head(int row) const { return job.readers[job.first_reader[tile.kv_head] + (tile.first + row) % n_readers]; }
     int end(int row) const { return job.starts[tile.span] + token(row) + 1; }
     int begin(int row) const { return job.window ? std::max(0, end(row) - job.window) : 0; }
     long place(int position) const {  // in keys and values, of the page that holds a position
         const long page = job.tables[long(tile.span) * job.max_pages + position / PAGE];
-        return tile.kv_head * job.head_stride + page * PAGE * job.dim;
+        return (page * job.kv_heads + tile.kv_head) * PAGE * job.dim;
+    }
+    // The same of page `p` of what is read after the block at `base`: the next block, or the first of the next tile.
+    long next_place(int base, int p, int stop) const {
+        if (base + BLOCK < stop || !after) return place(std::min(base + BLOCK + p * PAGE, stop - 1));
+        const Rows next(job, *after);
+        return next.place(std::min(next.begin(0) / BLOCK * BLOCK + p * PAGE, next.end(0) - 1));
     }
     int first_segment() const { return begin(0) / SEGMENT; }
     int end_segment() const { return (end(tile.rows - 1) - 1) / SEGMENT + 1; }
@@ -71,103 +80,131 @@ INLINE void scale(float *row, int chunks, float by) {
     for (int c = 0; c <= chunks; c++) store(row + c * WIDTH, load(row + c * WIDTH) * factor);
 }
 
-// The weights of a page's keys by their scores, with the row's numbers brought to its new greatest score.
-INLINE Lanes weighed(Lanes scores, float *row, int chunks) {
-    const float now = most(scores), before = most_of(row, chunks);
+// The weights of a row's keys first ... end - 1 of a block, by their scores [64], in whose place they come. The row's
+// numbers are brought to its new greatest score.
+INLINE void weigh(float *scores, int first, int end, float *row, int chunks) {
+    const int page = first / PAGE, stop = (end - 1) / PAGE + 1;
+    Lanes s[BLOCK / PAGE];
+    Lanes greatest = all(-INFINITY);
+    for (int p = page; p < stop; p++) {
+        s[p] = load(scores + p * PAGE);
+        if (first > p * PAGE || end < (p + 1) * PAGE)
+            s[p] = pick(between(std::max(0, first - p * PAGE), std::min(PAGE, end - p * PAGE)), s[p], all(-INFINITY));
+        greatest = pick(greatest < s[p], s[p], greatest);
+    }
+    const float now = most(greatest), before = most_of(row, chunks);
     if (now > before) {
         scale(row, chunks, before - now);
         most_of(row, chunks) = now;
     }
-    Lanes weights = exp2(scores - all(most_of(row, chunks)));
-    store(total_of(row, chunks), load(total_of(row, chunks)) + weights);
-    return weights;
+    const Lanes highest = all(most_of(row, chunks));
+    Lanes total = load(total_of(row, chunks));
+    for (int p = page; p < stop; p++) {
+        const Lanes weights = exp2(s[p] - highest);
+        total = total + weights;
+        store(scores + p * PAGE, weights);
+    }
+    store(total_of(row, chunks), total);
 }
 
-// [n, dim] of a page -> float [chunks][16][16], zero beyond n and dim; `next`, the page to come, is called into the cache
+// What a tile does block by block: its rows' keys of the block, from ... to - 1, none where to <= from.
+struct Seen {
+    int begins[ROWS], ends[ROWS], from[ROWS], to[ROWS];
+
+    template <class T>
+    explicit Seen(const Rows<T> &rows) {
+        for (int r = 0; r < rows.tile.rows; r++) begins[r] = rows.begin(r), ends[r] = rows.end(r);
+    }
+    void block(int base, int n) {
+        for (int r = 0; r < n; r++) from[r] = std::max(begins[r] - base, 0), to[r] = std::min(ends[r] - base, BLOCK);
+    }
+};
+
+// One token's few rows over a block, read as it lies in the cache.
 template <class T>
-INLINE void widen(const T *from, const T *next, int n, int dim, float *to) {
-    for (int c = 0; c * WIDTH < dim; c++, to += WIDTH * WIDTH) {
-        const T *part = from + c * WIDTH;
-        for (int j = 0; j < n; j++) {
-            __builtin_prefetch(next + j * long(dim) + c * WIDTH);
-            store(to + j * WIDTH, load(part + j * long(dim), dim - c * WIDTH));
-        }
-        for (int j = n; j < PAGE; j++) store(to + j * WIDTH, all(0.0f));
+void attend_few(const Rows<T> &rows, const float *q, int base, int stop, const Seen &seen, float *scores, float *state) {
+    const Job<T> &job = rows.job;
+    const int chunks = job.chunks(), first = seen.from[0], end = seen.to[0], page = first / PAGE;
+    const int pages = (end - 1) / PAGE + 1 - page;
+    const long stride = job.stride(), width = chunks * WIDTH;
+    const T *keys[BLOCK / PAGE], *next[BLOCK / PAGE];
+    long at[BLOCK / PAGE];
+    for (int p = 0; p < pages; p++) {
+        at[p] = rows.place(base + (page + p) * PAGE);
+        keys[p] = job.keys + at[p];
+        next[p] = job.keys + rows.next_place(base, p, stop);
     }
+    by_groups(rows.tile.rows, [&](auto with, int r) {
+        constexpr int M = decltype(with)::value;
+        float *score = scores + r * BLOCK, *row = state + r * stride;
+        score_pages<M>(q + r * width, width, keys, next, pages, job.dim, score + page * PAGE, BLOCK);
+        for (int i = 0; i < M; i++) weigh(score + i * BLOCK, first, end, row + i * stride, chunks);
+        for (int p = 0; p < pages; p++) {
+            const int here = std::max(0, first - (page + p) * PAGE), n = std::min(PAGE, end - (page + p) * PAGE) - here;
+            add_values<M>(score + (page + p) * PAGE + here, BLOCK, job.values + at[p] + here * job.dim,
+                          next[p] - job.keys + job.values, n, job.dim, row, stride);
+        }
+    });
 }
 
-// R rows' values += the values of keys first ... last - 1, each by its weight, in rising order
-template <int R, int C>
-INLINE void weigh_chunks(const float *weights, const float *v, int first, int last, float *rows, long stride) {
-    Lanes sums[R][C];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int c = 0; c < C; c++) sums[r][c] = load(rows + r * stride + c * WIDTH);
-    for (int j = first; j < last; j++) {
-        Lanes at[C];
-#pragma GCC unroll 8
-        for (int c = 0; c < C; c++) at[c] = load(v + (c * PAGE + j) * WIDTH);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            Lanes weight = all(weights[r * PAGE + j]);
-#pragma GCC unroll 8
-            for (int c = 0; c < C; c++) sums[r][c] = fma(weight, at[c], sums[r][c]);
-        }
+// Any rows over a block that is widened for them.
+template <class T>
+void attend_many(const Rows<T> &rows, const float *q, int base, int stop, const Seen &seen, float *scores, float *state) {
+    const Job<T> &job = rows.job;
+    const int chunks = job.chunks(), dim = job.dim, n = rows.tile.rows, last = seen.ends[n - 1];
+    const long stride = job.stride(), width = chunks * WIDTH;
+    alignas(64) float k[BLOCK * MAX_DIM], v[BLOCK * MAX_DIM];
+    for (int p = seen.from[0] / PAGE; base + p * PAGE < std::min(base + BLOCK, stop); p++) {
+        const int at = base + p * PAGE;
+        const long here = rows.place(at), next = rows.place(std::min(at + PAGE, stop - 1));
+        call_in(job.keys + next, PAGE * dim);
+        call_in(job.values + next, PAGE * dim);
+        widen_panel(job.keys + here, dim, k + p * PAGE * dim);
+        widen_values(job.values + here, std::min(PAGE, last - at), dim, v + p * PAGE * WIDTH);
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int c = 0; c < C; c++) store(rows + r * stride + c * WIDTH, sums[r][c]);
-}
-
-template <int R>
-INLINE void weigh(const float *weights, const float *v, int first, int last, float *rows, long stride, int chunks) {
-    int c = 0;
-    for (; c + 4 <= chunks; c += 4) weigh_chunks<R, 4>(weights, v + c * PAGE * WIDTH, first, last, rows + c * WIDTH, stride);
-    for (; c < chunks; c++) weigh_chunks<R, 1>(weights, v + c * PAGE * WIDTH, first, last, rows + c * WIDTH, stride);
+    by_groups(n, [&](auto with, int r) {
+        constexpr int M = decltype(with)::value;
+        const int *from = seen.from + r, *to = seen.to + r;
+        float *score = scores + r * BLOCK, *row = state + r * stride;
+        const int page = from[0] / PAGE, pages = (to[M - 1] + PAGE - 1) / PAGE - page;
+        if (pages <= 0) return;  // the last row sees the furthest
+        multiply_all<M, true>(q + r * width, width, k + page * PAGE * dim, PAGE * dim, pages, dim, score + page * PAGE, BLOCK);
+        for (int i = 0; i < M; i++)
+            if (from[i] < to[i]) weigh(score + i * BLOCK, from[i], to[i], row + i * stride, chunks);
+        // Keys that all see are taken by all at once, those before and after by each row.
+        auto take = [&](auto with, int i, int first, int end) {
+            if (first < end)
+                multiply_all<decltype(with)::value, false>(score + i * BLOCK + first, BLOCK, v + first * WIDTH, BLOCK * WIDTH,
+                                                           chunks, end - first, row + i * stride, stride);
+        };
+        const std::integral_constant<int, 1> one;
+        const int first = from[M - 1], end = std::max(first, to[0]);
+        for (int i = 0; i < M - 1; i++) take(one, i, from[i], std::min(first, to[i]));
+        take(with, 0, first, end);
+        for (int i = 1; i < M; i++) take(one, i, std::max(end, from[i]), to[i]);
+    });
 }
 
 // The tile's rows over the keys of one segment, from nothing: `state` [rows][stride].
 template <class T>
 void attend_segment(const Rows<T> &rows, const float *q, int segment, float *state) {
     const Job<T> &job = rows.job;
-    const int chunks = job.chunks(), n = rows.tile.rows, last = rows.end(n - 1);
-    const long stride = job.stride(), width = chunks * WIDTH;
-    alignas(64) float k[PAGE * MAX_DIM], v[PAGE * MAX_DIM], weights[ROWS * PAGE];
-    int ends[ROWS], begins[ROWS], firsts[ROWS], counts[ROWS];
+    const int chunks = job.chunks(), n = rows.tile.rows;
     for (int r = 0; r < n; r++) {
-        std::fill(state + r * stride, state + r * stride + width + WIDTH, 0.0f);
-        most_of(state + r * stride, chunks) = -INFINITY;
-        ends[r] = rows.end(r);
-        begins[r] = rows.begin(r);
+        float *row = state + r * job.stride();
+        std::fill(row, row + (chunks + 1) * WIDTH, 0.0f);
+        most_of(row, chunks) = -INFINITY;
     }
-    const int stop = std::min(last, (segment + 1) * SEGMENT);
-    for (int base = std::max(segment * SEGMENT, begins[0] / PAGE * PAGE); base < stop; base += PAGE) {
-        const int filled = std::min(PAGE, last - base);
-        const long at = rows.place(base), next = rows.place(std::min(base + PAGE, stop - 1));
-        widen(job.keys + at, job.keys + next, filled, job.dim, k);
-        widen(job.values + at, job.values + next, filled, job.dim, v);
-        for (int r = 0; r < n; r++) {
-            firsts[r] = std::min(std::max(0, begins[r] - base), PAGE);
-            counts[r] = std::max(0, std::min(PAGE, ends[r] - base) - firsts[r]);
-            if (!counts[r]) continue;
-            Lanes scores = dots(q + r * width, k, chunks);
-            if (counts[r] < PAGE) scores = pick(between(firsts[r], firsts[r] + counts[r]), scores, all(-INFINITY));
-            store(weights + r * PAGE, weighed(scores, state + r * stride, chunks));
-        }
-        for (int r = 0, many; r < n; r += many) {
-            many = 1;
-            if (counts[r] == PAGE)
-                while (many < 4 && r + many < n && counts[r + many] == PAGE) many++;
-            float *row = state + r * stride;
-            const float *weight = weights + r * PAGE;
-            const int first = firsts[r], end = first + counts[r];
-            if (many == 4) weigh<4>(weight, v, first, end, row, stride, chunks);
-            if (many == 3) weigh<3>(weight, v, first, end, row, stride, chunks);
-            if (many == 2) weigh<2>(weight, v, first, end, row, stride, chunks);
-            if (many == 1) weigh<1>(weight, v, first, end, row, stride, chunks);
-        }
+    alignas(64) float scores[ROWS * BLOCK];
+    Seen seen(rows);
+    const bool few = n <= FEW && rows.token(0) == rows.token(n - 1) && job.dim % WIDTH == 0;
+    const int stop = std::min(seen.ends[n - 1], (segment + 1) * SEGMENT);
+    for (int base = std::max(segment * SEGMENT, seen.begins[0] / BLOCK * BLOCK); base < stop; base += BLOCK) {
+        seen.block(base, n);
+        if (few)
+            attend_few(rows, q, base, stop, seen, scores, state);
+        else
+            attend_many(rows, q, base, stop, seen, scores, state);
     }
 }
 
@@ -269,8 +306,8 @@ void attend_shared(const Job<T> &job, const std::vector<Tile> &tiles) {
 
 // Called by every thread of a team.
 template <class T>
-void attend(Job<T> &job, int spans, const int *of_query, int kv_heads, int threads) {
-    for (int h = 0; h < kv_heads; h++) {
+void attend(Job<T> &job, int spans, const int *of_query, int threads) {
+    for (int h = 0; h < job.kv_heads; h++) {
         job.first_reader.push_back(int(job.readers.size()));
         for (int i = 0; i < job.heads; i++)
             if (of_query[i] == h) job.readers.push_back(i);
@@ -282,14 +319,16 @@ void attend(Job<T> &job, int spans, const int *of_query, int kv_heads, int threa
     for (int i = 0; i < spans; token += job.lengths[i++]) {
         job.first_token.push_back(token);
         shared |= job.starts[i] + job.lengths[i] > SEGMENT;
-        for (int h = 0; h < kv_heads; h++) {
+        for (int h = 0; h < job.kv_heads; h++) {
             const int rows = job.lengths[i] * (job.first_reader[h + 1] - job.first_reader[h]);
             for (int first = 0; first < rows; first += ROWS) tiles.push_back({i, h, first, std::min(ROWS, rows - first)});
         }
     }
     if (shared && threads > 1 && int(tiles.size()) < 4 * threads) return attend_shared(job, tiles);
-#pragma omp for schedule(dynamic)
-    for (int t = int(tiles.size()) - 1; t >= 0; t--) attend_tile(Rows<T>(job, tiles[t]));  // the long ones first
+    const int together = std::max(1, std::min(8, int(tiles.size()) / (8 * threads)));
+#pragma omp for schedule(dynamic, together)
+    for (int t = int(tiles.size()) - 1; t >= 0; t--)  // the long ones first
+        attend_tile(Rows<T>(job, tiles[t], t ? &tiles[t - 1] : nullptr));
 }
 
 }  // namespace
@@ -306,26 +345,26 @@ int team::bad_span(long slots, const int *tables, int max_pages, const int *star
     return 0;
 }
 
-void team::attend(int is_bf16, const void *q, long q_stride, const void *keys, const void *values, long head_stride,
-                  const int *tables, int max_pages, const int *starts, const int *lengths, int spans, const int *of_query,
-                  int heads, int kv_heads, int dim, int window, void *out, int threads) {
+void team::attend(int is_bf16, const void *q, long q_stride, const void *keys, const void *values, const int *tables,
+                  int max_pages, const int *starts, const int *lengths, int spans, const int *of_query, int heads,
+                  int kv_heads, int dim, int window, void *out, int threads) {
     auto run = [&](auto type) {
         using T = decltype(type);
-        Job<T> job{(const T *)q, q_stride, (const T *)keys, (const T *)values, head_stride, tables, max_pages,
-                   starts,       lengths,  heads,           dim,               window,      (T *)out};
-        ::attend(job, spans, of_query, kv_heads, threads);
+        Job<T> job{(const T *)q, q_stride, (const T *)keys, (const T *)values, tables, max_pages, starts,
+                   lengths,      heads,    kv_heads,        dim,               window, (T *)out};
+        ::attend(job, spans, of_query, threads);
     };
     is_bf16 ? run(bf16{}) : run(float{});
 }
 
 // Returns 0, or 1 + the first span whose pages are missing or lie outside the cache, in which case nothing is computed.
 extern "C" int llama_dist_attend(int is_bf16, const void *q, long q_stride, const void *keys, const void *values,
-                                 long head_stride, long slots, const int *tables, int max_pages, const int *starts,
-                                 const int *lengths, int spans, const int *of_query, int heads, int kv_heads, int dim,
-                                 int window, void *out, int threads) {
+                                 long slots, const int *tables, int max_pages, const int *starts, const int *lengths,
+                                 int spans, const int *of_query, int heads, int kv_heads, int dim, int window, void *out,
+                                 int threads) {
     if (int bad = team::bad_span(slots, tables, max_pages, starts, lengths, spans)) return bad;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    team::attend(is_bf16, q, q_stride, keys, values, head_stride, tables, max_pages, starts, lengths, spans, of_query, heads,
-                 kv_heads, dim, window, out, threads);
+    team::attend(is_bf16, q, q_stride, keys, values, tables, max_pages, starts, lengths, spans, of_query, heads, kv_heads, dim,
+                 window, out, threads);
     return 0;
 }

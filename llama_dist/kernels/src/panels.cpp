@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "rows.h"
+#include "pairs.h"
 #include "team.h"
 
 namespace {
@@ -19,31 +19,6 @@ constexpr int TILE = 6;           // rows of x whose sums are in registers
 constexpr int64_t FEW = 12;       // rows; for more of them a panel is widened first
 constexpr int AHEAD = 2048;       // bytes of weights called into the cache before they are read
 constexpr int MOST_ROOTS = 64;
-
-// Two numbers of each row of a panel: [row][2] bf16, or [2][row] floats.
-template <class T> constexpr int64_t TWO = 2 * WIDTH * sizeof(T);
-
-INLINE void two(const float *p, Lanes &first, Lanes &second) { first = load(p), second = load(p + WIDTH); }
-#if LANES == 2
-INLINE void two(const bf16 *p, Lanes &first, Lanes &second) {
-    const __m512i words = _mm512_loadu_si512(p);
-    first = {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))};
-    second = {_mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000))))};
-}
-#elif LANES == 1
-INLINE void two(const bf16 *p, Lanes &first, Lanes &second) {
-    const __m256i a = _mm256_loadu_si256((const __m256i *)p), b = _mm256_loadu_si256((const __m256i *)(p + WIDTH));
-    const __m256i high = _mm256_set1_epi32(int(0xffff0000));
-    first = {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
-    second = {_mm256_castsi256_ps(_mm256_and_si256(a, high)), _mm256_castsi256_ps(_mm256_and_si256(b, high))};
-}
-#else
-INLINE void two(const bf16 *p, Lanes &first, Lanes &second) {
-    const Words a = read<Words>(p), b = read<Words>(p + 8), c = read<Words>(p + 16), d = read<Words>(p + 24);
-    first = {(Four)(a << 16), (Four)(b << 16), (Four)(c << 16), (Four)(d << 16)};
-    second = {(Four)(a & 0xffff0000u), (Four)(b & 0xffff0000u), (Four)(c & 0xffff0000u), (Four)(d & 0xffff0000u)};
-}
-#endif
 
 // What one call computes, the same for all its threads.
 struct Job {
@@ -137,12 +112,7 @@ template <int M> INLINE void widened(const float *w, const float *x, int64_t ldx
 
 INLINE const float *widen(const float *w, int64_t, float *) { return w; }
 INLINE const float *widen(const bf16 *w, int64_t k, float *room) {
-    for (int64_t at = 0; at < k; at += 2, w += 2 * WIDTH) {
-        Lanes first, second;
-        two(w, first, second);
-        store(room + at * WIDTH, first);
-        store(room + (at + 1) * WIDTH, second);
-    }
+    widen_panel(w, k, room);
     return room;
 }
 
@@ -244,7 +214,7 @@ void lay_out(const T *w, int64_t ldw, int64_t rows, int64_t columns, int64_t uni
             for (int64_t r = 0; r < height; r++) {
                 const T *from = w + (b * WIDTH + r) * ldw + start;
                 for (int64_t i = 0; i < n; i++)
-                    group[sizeof(T) == 2 ? i / 2 * 2 * WIDTH + 2 * r + i % 2 : i * WIDTH + r] = from[i];
+                    group[in_panel<T>(r, i)] = from[i];
             }
         }
 }

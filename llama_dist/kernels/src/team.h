@@ -30,16 +30,16 @@ void rms_norm(int is_bf16, const void *x, long x_stride, const void *y, long y_s
               void *out, long out_stride, long n, long groups, long dim, float eps);
 
 void rope_write(int is_bf16, void *q, long q_stride, const void *k, long k_stride, const void *v, long v_stride,
-                const float *cos, const float *sin, void *keys, void *values, long head_stride, const int64_t *slots, long n,
-                long heads, long kv_heads, long dim);
+                const float *cos, const float *sin, void *keys, void *values, const int64_t *slots, long n, long heads,
+                long kv_heads, long dim);
 
 void silu_mul(int is_bf16, const void *a, long a_stride, const void *b, long b_stride, void *out, long n, long dim);
 
 // 0, or 1 + the first span whose pages are missing or lie outside the cache.
 int bad_span(long slots, const int *tables, int max_pages, const int *starts, const int *lengths, int spans);
 
-void attend(int is_bf16, const void *q, long q_stride, const void *keys, const void *values, long head_stride,
-            const int *tables, int max_pages, const int *starts, const int *lengths, int spans, const int *of_query, int heads,
-            int kv_heads, int dim, int window, void *out, int threads);
+void attend(int is_bf16, const void *q, long q_stride, const void *keys, const void *values, const int *tables,
+            int max_pages, const int *starts, const int *lengths, int spans, const int *of_query, int heads, int kv_heads,
+            int dim, int window, void *out, int threads);
 
 }  // namespace team
