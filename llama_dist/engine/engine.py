@@ -19,6 +19,7 @@ from llama_dist.engine.logits import shape
 from llama_dist.engine.scheduler import Scheduler, Work
 from llama_dist.engine.stats import EngineStats
 from llama_dist.errors import RequestError
+from llama_dist.kernels.single import likeliest
 from llama_dist.model.cache import KVCache, Span, make_batch
 from llama_dist.model.transformer import Transformer
 from llama_dist.parallel.control import check
@@ -159,7 +160,7 @@ class Engine:
         last = min(work.start + work.length + 1, len(tokens))
         for start in range(first, last, LOGIT_ROWS):
             stop = min(start + LOGIT_ROWS, last)
-            logits = self.model.logits(hidden[start - 1 - work.start : stop - 1 - work.start])
+            logits = self.model.logits(hidden[start - 1 - work.start : stop - 1 - work.start]).float()
             targets = torch.tensor(tokens[start:stop], device=logits.device)
             answer.prompt_scores += sampler.logprobs_of(logits, targets).tolist()
             answer.prompt_tops += [tuple(sampler.top_logprobs_of(row, top)) for row in logits] if top else []
@@ -171,13 +172,13 @@ class Engine:
         """A token for each sequence that reached its newest one; those that end with it."""
         if not drawing:
             return []
-        logits = self.model.logits(hidden[[at for _, at in drawing]])
-        sound = logits.sum(dim=1).isfinite().tolist()
-        greedy = logits.argmax(dim=1).tolist()
+        ends = [at for _, at in drawing]
+        logits = self.model.logits(hidden if ends == [*range(len(hidden))] else hidden[ends])
+        greedy = likeliest(logits)
         done: list[Ended] = []
         for i, (work, _) in enumerate(drawing):
             answer = self.answers[work.sequence.request.id]
-            if not sound[i]:
+            if greedy[i] < 0:  # its numbers are not finite
                 done.append(self._break(answer, work))
                 continue
             try:
@@ -204,9 +205,9 @@ class Engine:
         if params.temperature == 0 and not params.shapes_logits:
             return greedy
         if params.shapes_logits:
-            row = shape(row, params, answer.sequence.request.prompt, answer.tokens, answer.stops)
+            row = shape(row.float(), params, answer.sequence.request.prompt, answer.tokens, answer.stops)
         position = len(answer.sequence.tokens)
-        return sampler.sample(row, params, answer.seed, position)
+        return sampler.sample(row.float(), params, answer.seed, position)
 
     def _take(
         self, answer: Answer, work: Work, token: int, row: torch.Tensor, on_token: OnToken | None
@@ -220,6 +221,7 @@ class Engine:
         self.scheduler.commit(work, token)
         logprob = None
         if params.logprobs:
+            row = row.float()
             logprob = float(sampler.logprobs_of(row[None], torch.tensor([token], device=row.device)))
             answer.logprobs.append(logprob)
             if params.top_logprobs:

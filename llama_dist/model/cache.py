@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of one forward pass, all spans laid end to end.
+    """The tokens of one forward pass, all spans laid end to end; all positions are below `stop`.
 
     Example: a prompt of 3 tokens in page 2 beside the 18th token of a sequence in pages 0 and 5: positions
     [0, 1, 2, 17], slots [32, 33, 34, 81]. `lengths` is what rotary scaling may depend on, see rope.py.
@@ -43,6 +44,7 @@ class Batch:
     tables: torch.Tensor  # [spans, pages] int32: the pages of each span's sequence
     starts: torch.Tensor  # [spans] int32; so too how many tokens each span has
     counts: torch.Tensor
+    stop: int
 
     @functools.cached_property
     def places(self) -> tuple[int | torch.Tensor, ...]:
@@ -71,15 +73,22 @@ def make_batch(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device)
         positions.extend(places)
         lengths.extend(max(p + 1, span.prompt_len) for p in places)
         slots.extend(span.pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in places)
-    packed = torch.tensor([tokens, positions, lengths, slots], dtype=torch.int64).to(device)
+    # Through arrays: they become a tensor at once, lists a number at a time.
+    of_tokens = torch.frombuffer(array("q", [*tokens, *positions, *lengths, *slots]), dtype=torch.int64).to(device)
     spans = tuple(span for span, _ in rows)
-    held = [span.pages[: -(-span.stop // PAGE_SIZE)] for span in spans]
-    most = max((len(pages) for pages in held), default=0)
-    tables = torch.tensor([[*pages, *[0] * (most - len(pages))] for pages in held], dtype=torch.int32)
-    starts = torch.tensor([span.start for span in spans], dtype=torch.int32)
-    counts = torch.tensor([span.length for span in spans], dtype=torch.int32)
-    tables, starts, counts = (t.to(device) for t in (tables, starts, counts))
-    return Batch(packed[0], packed[1], packed[2], packed[3], spans, tables, starts, counts)
+    stop = max(span.stop for span in spans)
+    width = -(-stop // PAGE_SIZE)
+    pages: list[int] = []
+    for span in spans:
+        held = span.pages[: -(-span.stop // PAGE_SIZE)]
+        pages += held
+        pages += [0] * (width - len(held))
+    sizes = [*(span.start for span in spans), *(span.length for span in spans)]
+    of_spans = torch.frombuffer(array("i", [*pages, *sizes]), dtype=torch.int32).to(device)
+    n = len(spans)
+    tables, starts, counts = of_spans.split((n * width, n, n))  # type: ignore[no-untyped-call]
+    a, b, c, d = of_tokens.view(4, -1).unbind()
+    return Batch(a, b, c, d, spans, tables.view(n, width), starts, counts, stop)
 
 
 class KVCache:

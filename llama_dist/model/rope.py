@@ -19,6 +19,9 @@ def _llama3(freqs: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     return (1 - ramp) * freqs / scaling.factor + ramp * freqs
 
 
+FIRST = 1024  # positions whose angles are computed when the first is asked for
+
+
 class Rope:
     """Angles of each position. `lengths` matter to dynamic scaling only.
 
@@ -37,6 +40,7 @@ class Rope:
         elif self.scaling is not None and self.scaling.kind == "linear":
             freqs = freqs / self.scaling.factor
         self.freqs = freqs  # [head_dim / 2]
+        self._known = self._of(torch.arange(0, device=device), freqs)
 
     def _dynamic(self, lengths: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
         """Frequencies [n, head_dim / 2] for tokens of sequences `lengths` long."""
@@ -49,10 +53,20 @@ class Rope:
         ]
         return torch.stack([1.0 / (base**self.exponents) for base in bases])[which]
 
-    def angles(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, float32 [n, 1, head_dim / 2], of positions [n] in sequences of `lengths` [n]."""
-        freqs = self.freqs
-        if self.scaling is not None and self.scaling.kind == "dynamic":
-            freqs = self._dynamic(lengths, self.scaling)
+    @staticmethod
+    def _of(positions: torch.Tensor, freqs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = positions[:, None].float() * freqs
         return steady(torch.cos, angles)[:, None], steady(torch.sin, angles)[:, None]
+
+    def angles(self, positions: torch.Tensor, lengths: torch.Tensor, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, float32 [n, 1, head_dim / 2], of positions [n], all below `stop`, in sequences of `lengths` [n].
+
+        They are looked up among those of all positions up to the greatest asked for so far.
+        """
+        if self.scaling is not None and self.scaling.kind == "dynamic":
+            return self._of(positions, self._dynamic(lengths, self.scaling))
+        if stop > len(self._known[0]):
+            known = torch.arange(max(FIRST, 2 ** (stop - 1).bit_length()), device=positions.device)
+            self._known = self._of(known, self.freqs)
+        cos, sin = self._known
+        return cos.index_select(0, positions), sin.index_select(0, positions)

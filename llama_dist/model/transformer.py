@@ -161,7 +161,7 @@ class Transformer(nn.Module):
 
         They may be overwritten by the next call.
         """
-        angles = self.rope.angles(batch.positions, batch.lengths)
+        angles = self.rope.angles(batch.positions, batch.lengths, batch.stop)
         x = self.tok_embeddings(batch.tokens)
         if self.program is not None and self.program[0] is cache and len(x) <= self.program[1].most:
             return self._run(self.program[1], x, batch, angles, cache)
@@ -179,5 +179,5 @@ class Transformer(nn.Module):
         return program.rows("normed", self.config.dim)[:n]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [n, dim] -> float32 logits [n, vocab_size], whole on every rank."""
-        return gather(self.output(hidden))[:, : self.config.vocab_size].float()
+        """Hidden states [n, dim] -> logits [n, vocab_size] in the weights' dtype, whole on every rank."""
+        return gather(self.output(hidden))[:, : self.config.vocab_size]

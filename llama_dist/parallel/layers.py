@@ -308,7 +308,7 @@ class VocabParallelEmbedding(fs_layers.VocabParallelEmbedding):  # type: ignore[
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if fs.get_model_parallel_world_size() == 1:
             rows = self.held(ids)
-            return rows + 0.0 if self.reproducible else rows  # as in a sum with the others' zeros, no -0.0 is left
+            return rows.add_(0.0) if self.reproducible else rows  # as in a sum with the others' zeros: no -0.0 is left
         outside = (ids < self.vocab_start_index) | (ids >= self.vocab_end_index)
         local = (ids - self.vocab_start_index).masked_fill(outside, 0)
         return reduce(self.held(local).masked_fill(outside[:, None], 0))

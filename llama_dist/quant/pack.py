@@ -11,7 +11,7 @@ import torch
 
 from llama_dist.kernels import build
 from llama_dist.quant.packed import Packed, empty
-from llama_dist.quant.scheme import BLOCK, GROUP, INT4, groups_of
+from llama_dist.quant.scheme import BFLOAT16, BLOCK, GROUP, INT4, groups_of
 
 LARGEST = 1e30  # of a weight: sums of squares must not overflow
 SMALLEST = 1e-30  # of the largest scale of a unit of a row; below it the weights count as zero
@@ -22,6 +22,11 @@ SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8)
 @functools.cache
 def _compiled() -> Any:
     return build.function("pack", c_int, c_void_p, *[c_int64] * 5, *[c_void_p] * 3, c_int)
+
+
+@functools.cache
+def _look_up() -> Any:
+    return build.function("look_up", c_int, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p)
 
 
 @functools.cache
@@ -202,6 +207,21 @@ def unpack(w: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def rows(w: Packed, ids: torch.Tensor) -> torch.Tensor:
-    """Rows of exact weights in one unit: ids [n] -> [n, unit], in their own dtype."""
+    """Rows of exact weights in one unit: ids [n] int64 -> [n, unit], in their own dtype. IndexError."""
     assert w.scheme.exact and w.n_units == 1, (w.scheme, w.n_units)
+    if w.device.type != "cpu" or _look_up() is None:
+        return rows_twin(w, ids)
+    bf16 = w.scheme == BFLOAT16
+    out = torch.empty(len(ids), w.unit, dtype=torch.bfloat16 if bf16 else torch.float32)
+    assert ids.dtype == torch.int64 and ids.is_contiguous() and w.codes.is_contiguous(), "int64, packed"
+    panel = w.codes.stride(0) // out.element_size()
+    sizes = (len(ids), w.unit, out.data_ptr())
+    fault = _look_up()(bf16, w.codes.data_ptr(), panel, w.padded_rows, ids.data_ptr(), *sizes)
+    if fault:
+        raise IndexError(f"row {int(ids[fault - 1])} of {w.rows}")
+    return out
+
+
+def rows_twin(w: Packed, ids: torch.Tensor) -> torch.Tensor:
+    """`rows` in torch's operations."""
     return w.numbers[ids // BLOCK, :, ids % BLOCK].reshape(len(ids), -1)[:, : w.unit]

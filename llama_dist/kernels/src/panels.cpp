@@ -17,7 +17,7 @@ constexpr int64_t K_BLOCK = 256;  // numbers of a panel that stay in the first c
 constexpr int64_t M_BLOCK = 256;  // rows of x whose K_BLOCK numbers stay in the second cache
 constexpr int TILE = 6;           // rows of x whose sums are in registers
 constexpr int64_t FEW = 12;       // rows; for more of them a panel is widened first
-constexpr int AHEAD = 512;        // bytes of weights called into the cache before they are read
+constexpr int AHEAD = 256;        // bytes of weights called into the cache before they are read
 constexpr int MOST_ROOTS = 64;
 
 // What one call computes, the same for all its threads.
