@@ -76,9 +76,21 @@ struct Roots {
     }
 };
 
+// What is called into the cache while numbers are multiplied: from `at` on, `step` bytes further with every number.
+struct Ahead {
+    const char *at;
+    int64_t step;
+};
+
+// While tile t of several goes through k numbers of a panel, its share of the k numbers that come after.
+template <class T> INLINE Ahead share_of(const T *after, int64_t k, int64_t t, int64_t tiles) {
+    const int64_t bytes = WIDTH * sizeof(T), parts = std::min<int64_t>(tiles, 4);
+    return {(const char *)after + std::min(t, parts) * k * bytes / parts, t < parts ? bytes / parts : 0};
+}
+
 // M rows of x along k numbers of P panels, added to sums[panel * stride + row].
 template <class T, int M, int P>
-INLINE void direct(const T *w, int64_t panel, const float *x, int64_t ldx, int64_t k, Lanes *sums, int64_t stride) {
+INLINE void direct(const T *w, int64_t panel, const float *x, int64_t ldx, int64_t k, Ahead ahead, Lanes *sums, int64_t stride) {
     Lanes s[M][P];
     for (int i = 0; i < M; i++)
         for (int p = 0; p < P; p++) s[i][p] = all(0.0f);
@@ -87,23 +99,26 @@ INLINE void direct(const T *w, int64_t panel, const float *x, int64_t ldx, int64
         for (int p = 0; p < P; p++) {
             Lanes first, second;
             two(w + p * panel, first, second);
-            __builtin_prefetch((const char *)(w + p * panel) + AHEAD);
+            __builtin_prefetch(ahead.at + p * panel * int64_t(sizeof(T)));
 #pragma GCC unroll 6
             for (int i = 0; i < M; i++) s[i][p] = fma(first, all(x[i * ldx]), s[i][p]);
 #pragma GCC unroll 6
             for (int i = 0; i < M; i++) s[i][p] = fma(second, all(x[i * ldx + 1]), s[i][p]);
         }
+        ahead.at += 2 * ahead.step;
     }
     for (int i = 0; i < M; i++)
         for (int p = 0; p < P; p++) sums[p * stride + i] = sums[p * stride + i] + s[i][p];
 }
 
 // M rows of x along k numbers of a widened panel [k][16], added to sums.
-template <int M> INLINE void widened(const float *w, const float *x, int64_t ldx, int64_t k, Lanes *sums) {
+template <int M> INLINE void widened(const float *w, const float *x, int64_t ldx, int64_t k, Ahead ahead, Lanes *sums) {
     Lanes s[M];
     for (int i = 0; i < M; i++) s[i] = all(0.0f);
     for (int64_t at = 0; at < k; at++, x++, w += WIDTH) {
         const Lanes numbers = load(w);
+        __builtin_prefetch(ahead.at);
+        ahead.at += ahead.step;
 #pragma GCC unroll 6
         for (int i = 0; i < M; i++) s[i] = fma(numbers, all(x[i * ldx]), s[i]);
     }
@@ -116,18 +131,18 @@ INLINE const float *widen(const bf16 *w, int64_t k, float *room) {
     return room;
 }
 
-// `rows` rows in groups as even as can be: call(with, row), where with.value rows begin at `row`.
+// `rows` rows in groups as even as can be: call(with, row, t, tiles), where tile t has with.value rows from `row` on.
 template <class Call> INLINE void by_tiles(int64_t rows, Call call) {
     const int64_t tiles = (rows + TILE - 1) / TILE;
     for (int64_t t = 0, row = 0; t < tiles; t++) {
         const int64_t end = rows * (t + 1) / tiles;
         switch (end - row) {
-            case 1: call(std::integral_constant<int, 1>{}, row); break;
-            case 2: call(std::integral_constant<int, 2>{}, row); break;
-            case 3: call(std::integral_constant<int, 3>{}, row); break;
-            case 4: call(std::integral_constant<int, 4>{}, row); break;
-            case 5: call(std::integral_constant<int, 5>{}, row); break;
-            default: call(std::integral_constant<int, 6>{}, row); break;
+            case 1: call(std::integral_constant<int, 1>{}, row, t, tiles); break;
+            case 2: call(std::integral_constant<int, 2>{}, row, t, tiles); break;
+            case 3: call(std::integral_constant<int, 3>{}, row, t, tiles); break;
+            case 4: call(std::integral_constant<int, 4>{}, row, t, tiles); break;
+            case 5: call(std::integral_constant<int, 5>{}, row, t, tiles); break;
+            default: call(std::integral_constant<int, 6>{}, row, t, tiles); break;
         }
         row = end;
     }
@@ -152,14 +167,17 @@ template <class T, int P> void stripe(const Job &job, const Wide &x, int64_t n, 
             const int64_t k = std::min(K_BLOCK, unit - at);
             if (x.rows > FEW) {
                 const float *wide = widen(w, k, room);
-                by_tiles(x.rows, [&](auto with, int64_t row) {
-                    widened<decltype(with)::value>(wide, numbers + row * ldx, ldx, k, sums + row);
+                by_tiles(x.rows, [&](auto with, int64_t row, int64_t t, int64_t tiles) {
+                    const Ahead ahead = share_of(w + k * WIDTH, k, t, tiles);
+                    widened<decltype(with)::value>(wide, numbers + row * ldx, ldx, k, ahead, sums + row);
                 });
             } else {
-                by_tiles(x.rows, [&](auto with, int64_t row) {
+                by_tiles(x.rows, [&](auto with, int64_t row, int64_t t, int64_t tiles) {
                     constexpr int M = decltype(with)::value;
+                    const Ahead ahead =
+                        tiles > 1 ? share_of(w + k * WIDTH, k, t, tiles) : Ahead{(const char *)w + AHEAD, WIDTH * sizeof(T)};
                     if constexpr (M * P <= TILE)
-                        direct<T, M, P>(w, panel, numbers + row * ldx, ldx, k, sums + row, x.rows);
+                        direct<T, M, P>(w, panel, numbers + row * ldx, ldx, k, ahead, sums + row, x.rows);
                 });
             }
             w += k * WIDTH;
