@@ -16,6 +16,7 @@ constexpr int64_t GROUP = 32;     // a unit is filled up to whole groups with ze
 constexpr int64_t K_BLOCK = 256;  // numbers of a panel that stay in the first cache as floats
 constexpr int64_t M_BLOCK = 256;  // rows of x whose K_BLOCK numbers stay in the second cache
 constexpr int TILE = 6;           // rows of x whose sums are in registers
+constexpr int FEW_TILE = 4;       // the same where the weights that are taken apart need registers too
 constexpr int64_t FEW = 12;       // rows; for more of them a panel is widened first
 constexpr int AHEAD = 256;        // bytes of weights called into the cache before they are read
 constexpr int MOST_ROOTS = 64;
@@ -131,9 +132,9 @@ INLINE const float *widen(const bf16 *w, int64_t k, float *room) {
     return room;
 }
 
-// `rows` rows in groups as even as can be: call(with, row, t, tiles), where tile t has with.value rows from `row` on.
-template <class Call> INLINE void by_tiles(int64_t rows, Call call) {
-    const int64_t tiles = (rows + TILE - 1) / TILE;
+// `rows` rows in groups of at most `most`, as even as can be: call(with, row, t, tiles), where tile t has with.value rows from `row` on.
+template <class Call> INLINE void by_tiles(int64_t rows, int64_t most, Call call) {
+    const int64_t tiles = (rows + most - 1) / most;
     for (int64_t t = 0, row = 0; t < tiles; t++) {
         const int64_t end = rows * (t + 1) / tiles;
         switch (end - row) {
@@ -167,12 +168,12 @@ template <class T, int P> void stripe(const Job &job, const Wide &x, int64_t n, 
             const int64_t k = std::min(K_BLOCK, unit - at);
             if (x.rows > FEW) {
                 const float *wide = widen(w, k, room);
-                by_tiles(x.rows, [&](auto with, int64_t row, int64_t t, int64_t tiles) {
+                by_tiles(x.rows, TILE, [&](auto with, int64_t row, int64_t t, int64_t tiles) {
                     const Ahead ahead = share_of(w + k * WIDTH, k, t, tiles);
                     widened<decltype(with)::value>(wide, numbers + row * ldx, ldx, k, ahead, sums + row);
                 });
             } else {
-                by_tiles(x.rows, [&](auto with, int64_t row, int64_t t, int64_t tiles) {
+                by_tiles(x.rows, P == 1 ? FEW_TILE : TILE / P, [&](auto with, int64_t row, int64_t t, int64_t tiles) {
                     constexpr int M = decltype(with)::value;
                     const Ahead ahead =
                         tiles > 1 ? share_of(w + k * WIDTH, k, t, tiles) : Ahead{(const char *)w + AHEAD, WIDTH * sizeof(T)};
