@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import mmap
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,3 +38,29 @@ def test_weights_lie_in_one_room(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
     fused, first = (getattr(m.weight, "codes", m.weight) for m in (attention.wqkv, attention.wq))
     first.fill_(7)
     assert fused.data_ptr() == first.data_ptr() and bool((fused[: len(first)] == 7).all())
+
+
+def in_large_pages(t: torch.Tensor) -> int:
+    """Bytes of the mapping of `t` that lie in large pages, as the kernel has it."""
+    here, found = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            start, stop = (int(end, 16) for end in first.split("-"))
+            here = start <= t.data_ptr() < stop
+        elif here and first == "AnonHugePages:":
+            found = int(line.split()[1]) * 1024
+    return found
+
+
+def test_large_pages_are_large() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this kernel gives no large pages")
+    private = mmap.mmap(-1, 64 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    private.madvise(mmap.MADV_HUGEPAGE)
+    if not in_large_pages(torch.frombuffer(private, dtype=torch.uint8).fill_(1)):
+        pytest.skip("no large page is free here")  # the kernel need not give them
+    found = room.large_pages(64 * 2**20)
+    assert found is not None and not found.any()
+    assert in_large_pages(found.fill_(1)) >= 2**21

@@ -17,6 +17,19 @@ ALIGNED = 64  # bytes, a line of the cache
 LEAST = 2**21  # bytes, one large page; smaller models stay where they are
 
 
+def large_pages(size: int) -> torch.Tensor | None:
+    """Zeros, uint8 [size], in large pages as far as the kernel has some; None where it knows none."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    # Private: what could be shared is kept in small pages by most kernels.
+    room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        room.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel built without them
+        return None
+    return torch.frombuffer(room, dtype=torch.uint8)
+
+
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     """Every tensor of a weight or a bias, also those that are views of another."""
     for module in model.modules():
@@ -39,14 +52,10 @@ def move_together(model: nn.Module) -> None:
         if storage.data_ptr() not in places:
             places[storage.data_ptr()] = size
             size += -(-storage.nbytes() // ALIGNED) * ALIGNED
-    if size < LEAST or not hasattr(mmap, "MADV_HUGEPAGE"):
+    room = large_pages(size) if size >= LEAST else None
+    if room is None:
         return
-    room = mmap.mmap(-1, size)
-    try:
-        room.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel built without them
-        return
-    storage = torch.frombuffer(room, dtype=torch.uint8).untyped_storage()
+    storage = room.untyped_storage()
     for t in tensors:
         offset = places[t.untyped_storage().data_ptr()] // t.itemsize + t.storage_offset()
         t.set_(storage, offset, t.shape, t.stride())

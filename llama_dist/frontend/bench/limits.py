@@ -6,7 +6,6 @@ One reading of one pattern is often too low, so there are several of each, and t
 from __future__ import annotations
 
 import functools
-import mmap
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +18,7 @@ from llama_dist.engine.memory import host_memory
 from llama_dist.frontend.bench.figures import Limits
 from llama_dist.kernels import read as reading
 from llama_dist.kernels.linear import compiled, fastest, linear
+from llama_dist.model.room import large_pages
 from llama_dist.parallel.control import collect
 from llama_dist.parallel.layers import reduce
 from llama_dist.parallel.world import World
@@ -28,7 +28,6 @@ from llama_dist.quant.product import linear as packed_linear
 from llama_dist.quant.product import panels
 
 READ_BYTES = 2**30  # of a host or a GPU; beyond any cache
-LARGE_PAGE = 2**21
 READINGS = 5
 SLOW = 0.3  # seconds of a reading that is not repeated
 REDUCTIONS = 100  # in a row
@@ -75,10 +74,8 @@ def _memory(world: World) -> torch.Tensor:
     share = min(collect(world, min(READ_BYTES, free // 4) // (1 if cuda else world.local_size)))
     if cuda:
         return torch.ones(share // 4, device=world.device)
-    room = mmap.mmap(-1, share // LARGE_PAGE * LARGE_PAGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        room.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(room, dtype=torch.float32).fill_(1)
+    room = large_pages(share // 4 * 4)
+    return torch.ones(share // 4) if room is None else room.view(torch.float32).fill_(1)
 
 
 def _reads(world: World, memory: torch.Tensor) -> Iterator[tuple[str, float, Callable[[], Any]]]:
