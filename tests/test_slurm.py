@@ -186,8 +186,8 @@ def test_what_is_not_requeued_goes_on_when_submitted_again(
 
 
 def test_the_time_limit_is_foreseen(slurm: Cluster, tiny: str, whole: dict[int, list[str]], tmp_path: Path) -> None:
-    # 60 s less the grace and a margin of 15 leave 13 s, of which a slow start takes most; one line at a time, a fast one
-    # does not answer them all. Slurm's own signal is turned off.
+    # 60 s less the grace and a margin of 15 leave 13 s, of which a slow start takes most; one line at a time, a fast
+    # machine does not answer them all. Slurm's own signal is turned off.
     job = Job(slurm, tiny, tmp_path, 240, "--grace=32", "--max_batch_size=1")
     job.command.remove("--grace=3")
     job.command.remove("--max_batch_size=4")
