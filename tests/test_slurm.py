@@ -102,7 +102,7 @@ class Job:
 def whole(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[str]]:
     """Results of a job that nothing stops, on two ranks without Slurm, by its number of lines."""
     found = {}
-    for n in (12, 240):
+    for n in (12, 240, 480):
         folder = tmp_path_factory.mktemp("whole")
         job = Job(None, tiny, folder, n)  # type: ignore[arg-type]
         argv = [
@@ -188,15 +188,15 @@ def test_what_is_not_requeued_goes_on_when_submitted_again(
 def test_the_time_limit_is_foreseen(slurm: Cluster, tiny: str, whole: dict[int, list[str]], tmp_path: Path) -> None:
     # 60 s less the grace and a margin of 15 leave 13 s, of which a slow start takes most; one line at a time, a fast
     # machine does not answer them all. Slurm's own signal is turned off.
-    job = Job(slurm, tiny, tmp_path, 240, "--grace=32", "--max_batch_size=1")
+    job = Job(slurm, tiny, tmp_path, 480, "--grace=32", "--max_batch_size=1")
     job.command.remove("--grace=3")
     job.command.remove("--max_batch_size=4")
     number = job.submit("--time=1", "--signal=B:URG@1", NPROC_PER_NODE="2")
     until(lambda: int(slurm.show(number)["Restarts"]) == 1, job.log, SOON)
-    assert job.status()["state"] == "preempted" and 0 < job.status()["done"] < 240
+    assert job.status()["state"] == "preempted" and 0 < job.status()["done"] < 480
     slurm.call("scontrol", "update", f"JobId={number}", "TimeLimit=30")
     job.end(number, "COMPLETED")
-    assert job.records() == whole[240]
+    assert job.records() == whole[480]
 
 
 def test_a_signal_that_reaches_the_step_s_first_process_only(
