@@ -8,6 +8,7 @@ is not, and takes 49,000 tokens apart one numpy array at a time.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import mmap
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 
 from llama_dist.checkpoint.check import name_some
@@ -36,7 +36,11 @@ READABLE = f"F32, F16, BF16, {', '.join(_QUANTS[:-1])} or {_QUANTS[-1]}"
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
-def _encodings() -> dict[int, Encoding]:
+@functools.cache
+def encodings() -> Mapping[int, Encoding]:
+    """By their numbers in a file the types that are read."""
+    import gguf  # which no other format should wait for
+
     plain = {"F32": F32, "F16": F16, "BF16": BF16}
     known = {gguf.GGMLQuantizationType[name].value: encoding for name, encoding in plain.items()}
     for name in _QUANTS:
@@ -44,9 +48,6 @@ def _encodings() -> dict[int, Encoding]:
         block, block_bytes = gguf.GGML_QUANT_SIZES[quant]
         known[quant.value] = Encoding(name, torch.float32, block, block_bytes, quant)
     return known
-
-
-ENCODINGS: Mapping[int, Encoding] = _encodings()
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class _Scanner:
                 raise self.fail(f"{label} appears twice")
             if offset % alignment:
                 raise self.fail(f"{label} is at byte {offset}, not a multiple of the alignment {alignment}")
-            encoding = ENCODINGS.get(kind)
+            encoding = encodings().get(kind)
             size = 0
             if encoding is not None:
                 if dims[0] % encoding.block:
@@ -203,7 +204,9 @@ class _Scanner:
 
 def kind_name(kind: int) -> str:
     """GGUF's name of a storage type, or its number where the package knows none."""
+    from gguf import GGMLQuantizationType
+
     try:
-        return str(gguf.GGMLQuantizationType(kind).name)
+        return str(GGMLQuantizationType(kind).name)
     except ValueError:
         return f"type {kind}"

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import gguf
 import torch
 
 from llama_dist.checkpoint.files import File
+
+if TYPE_CHECKING:
+    import gguf
 
 PIECE_BYTES = 32 * 2**20
 """Most bytes a piece has, and most that are read for it. A caller may hold the last piece while the next is made."""
@@ -98,4 +101,6 @@ def _decode(raw: torch.Tensor, encoding: Encoding, columns: int) -> torch.Tensor
     """Bytes (rows, n) to values (rows, columns)."""
     if encoding.quant is None:
         return raw.view(encoding.dtype).view(-1, columns)
+    import gguf  # which no other format should wait for
+
     return torch.from_numpy(gguf.quants.dequantize(raw.numpy(), encoding.quant)).view(-1, columns)
