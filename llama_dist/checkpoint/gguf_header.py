@@ -8,7 +8,6 @@ is not, and takes 49,000 tokens apart one numpy array at a time.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import mmap
@@ -24,6 +23,7 @@ from llama_dist.checkpoint.check import name_some
 from llama_dist.checkpoint.files import File
 from llama_dist.checkpoint.stored import BF16, F16, F32, Encoding, Stored
 from llama_dist.errors import CheckpointError
+from llama_dist.kernels.blocks import KINDS
 
 MAX_ITEMS = 2_000_000
 """Array items of a whole file: the largest vocabularies have 256 thousand tokens and twice as many merges."""
@@ -31,23 +31,12 @@ MAX_ENTRIES = 2**16
 """Keys, and tensors, of a file."""
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_QUANTS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-READABLE = f"F32, F16, BF16, {', '.join(_QUANTS[:-1])} or {_QUANTS[-1]}"
+READABLE = f"F32, F16, BF16, {', '.join([*KINDS][:-1])} or {[*KINDS][-1]}"
+ENCODINGS: Mapping[int, Encoding] = {0: F32, 1: F16, 30: BF16} | {
+    kind.number: Encoding(name, torch.float32, kind.numbers, kind.n_bytes, kind) for name, kind in KINDS.items()
+}
+"""By their numbers in a file the types that are read."""
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-
-
-@functools.cache
-def encodings() -> Mapping[int, Encoding]:
-    """By their numbers in a file the types that are read."""
-    import gguf  # which no other format should wait for
-
-    plain = {"F32": F32, "F16": F16, "BF16": BF16}
-    known = {gguf.GGMLQuantizationType[name].value: encoding for name, encoding in plain.items()}
-    for name in _QUANTS:
-        quant = gguf.GGMLQuantizationType[name]
-        block, block_bytes = gguf.GGML_QUANT_SIZES[quant]
-        known[quant.value] = Encoding(name, torch.float32, block, block_bytes, quant)
-    return known
 
 
 @dataclass(frozen=True)
@@ -180,7 +169,7 @@ class _Scanner:
                 raise self.fail(f"{label} appears twice")
             if offset % alignment:
                 raise self.fail(f"{label} is at byte {offset}, not a multiple of the alignment {alignment}")
-            encoding = encodings().get(kind)
+            encoding = ENCODINGS.get(kind)
             size = 0
             if encoding is not None:
                 if dims[0] % encoding.block:
@@ -204,7 +193,7 @@ class _Scanner:
 
 def kind_name(kind: int) -> str:
     """GGUF's name of a storage type, or its number where the package knows none."""
-    from gguf import GGMLQuantizationType
+    from gguf import GGMLQuantizationType  # which no file that is read should wait for
 
     try:
         return str(GGMLQuantizationType(kind).name)

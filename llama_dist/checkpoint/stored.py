@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from llama_dist.checkpoint.files import File
-
-if TYPE_CHECKING:
-    import gguf
+from llama_dist.kernels.blocks import BlockKind, decode
 
 PIECE_BYTES = 32 * 2**20
 """Most bytes a piece has, and most that are read for it. A caller may hold the last piece while the next is made."""
-DECODED_BYTES = 16 * 2**20
+DECODED_BYTES = 2 * 2**20
 """The same for quantised pieces: decoding holds several temporaries of the piece's size."""
 SMALL_ROW = 16 * 2**10
 """Rows up to this many bytes are read whole: one large read beats many of less than a few pages."""
@@ -26,14 +23,14 @@ SMALL_ROW = 16 * 2**10
 class Encoding:
     """How values become bytes: `block` values of a row take `block_bytes`; `read` gives `dtype`.
 
-    `quant` is GGUF's type where blocks must be decoded; plain values have none.
+    `blocks` is how GGUF packs them where they must be decoded; plain values have none.
     """
 
     name: str
     dtype: torch.dtype
     block: int
     block_bytes: int
-    quant: gguf.GGMLQuantizationType | None = None
+    blocks: BlockKind | None = None
 
     def row_bytes(self, columns: int) -> int:
         return columns // self.block * self.block_bytes
@@ -80,7 +77,7 @@ def read_rectangle(stored: Stored, row0: int, row1: int, col0: int, col1: int) -
     if whole <= SMALL_ROW or 2 * width >= whole:
         block0, read0, width = 0, 0, whole
     values = width // encoding.block_bytes * encoding.block
-    limit = PIECE_BYTES // width if encoding.quant is None else DECODED_BYTES // (4 * values)
+    limit = PIECE_BYTES // width if encoding.blocks is None else DECODED_BYTES // (4 * values)
     step = min(max(1, limit), row1 - row0)
     if step <= 0 or col0 >= col1:
         return
@@ -99,8 +96,6 @@ def read_rectangle(stored: Stored, row0: int, row1: int, col0: int, col1: int) -
 
 def _decode(raw: torch.Tensor, encoding: Encoding, columns: int) -> torch.Tensor:
     """Bytes (rows, n) to values (rows, columns)."""
-    if encoding.quant is None:
+    if encoding.blocks is None:
         return raw.view(encoding.dtype).view(-1, columns)
-    import gguf  # which no other format should wait for
-
-    return torch.from_numpy(gguf.quants.dequantize(raw.numpy(), encoding.quant)).view(-1, columns)
+    return decode(raw, encoding.blocks).view(-1, columns)
