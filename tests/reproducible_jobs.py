@@ -50,7 +50,7 @@ def torchs_product(
 
 def break_it(what: str) -> None:
     """Undo one thing that keeps a row's bits its own; layers are called one by one, so that it takes effect."""
-    transformer.Transformer.lay_out = lambda self, cache: None  # type: ignore[method-assign]
+    transformer.Transformer.lay_out = lambda self, cache, max_seq_len: None  # type: ignore[method-assign]
     if what == "the order of a sum":  # rank after rank, as an all-reduce may take it
         layers.total = lambda nodes, values: functools.reduce(torch.add, values)
         layers.shared.of = lambda group: None

@@ -190,7 +190,7 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
         run.prefix_caching and not dynamic,
     )
     cache = model.new_cache(n_pages)
-    model.lay_out(cache)
+    model.lay_out(cache, checked.max_seq_len)
     engine = Engine(
         model,
         cache,

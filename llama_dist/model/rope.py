@@ -42,6 +42,11 @@ class Rope:
         self.freqs = freqs  # [head_dim / 2]
         self._known = self._of(torch.arange(0, device=device), freqs)
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether angles depend on how long a sequence is."""
+        return self.scaling is not None and self.scaling.kind == "dynamic"
+
     def _dynamic(self, lengths: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
         """Frequencies [n, head_dim / 2] for tokens of sequences `lengths` long."""
         beyond = lengths.clamp(min=scaling.original_max_position).float() / scaling.original_max_position

@@ -7,13 +7,14 @@ from torch import nn
 
 from llama_dist.config import ModelConfig
 from llama_dist.kernels import program as programs
-from llama_dist.kernels.attention import compiled_for
+from llama_dist.kernels.attention import compiled_for, paged
 from llama_dist.kernels.linear import FEW, compiled
 from llama_dist.kernels.program import Program
 from llama_dist.kernels.small import silu_mul
 from llama_dist.model.attention import Attention
 from llama_dist.model.cache import PAGE_SIZE, Batch, KVCache
 from llama_dist.model.norm import RMSNorm
+from llama_dist.model.recordings import Record, Recordings, recorder
 from llama_dist.model.rope import Rope
 from llama_dist.parallel.layers import (
     ColumnParallelLinear,
@@ -78,7 +79,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, units: Units, part: Part) -> None:
         super().__init__()
-        self.config, self.units = config, units
+        self.config, self.units, self.n_ranks = config, units, part.n_ranks
         self.n_local_kv_heads = units.kv_heads(part.rank, part.n_ranks).padded
         vocab = units.vocab.of(part.rank, part.n_ranks)
         output = OutputLinear(config.dim, vocab, part, bias=False)
@@ -90,6 +91,8 @@ class Transformer(nn.Module):
         self.rope = Rope(config, part.device)
         self.reproducible = part.reproducible
         self.program: tuple[KVCache, Program] | None = None
+        self.recordings: tuple[KVCache, Recordings] | None = None
+        self._max_seq_len = 0
 
     def weights(self) -> dict[str, tuple[torch.Tensor | Packed, Placement]]:
         """By its logical name each weight, and the part of the logical tensor that it holds; a shared one once."""
@@ -124,13 +127,18 @@ class Transformer(nn.Module):
             device=weight.device,
         )
 
-    def lay_out(self, cache: KVCache) -> None:
-        """Have batches of few tokens over this cache run as one program from now on, where the kernels serve.
+    def lay_out(self, cache: KVCache, max_seq_len: int) -> None:
+        """Have batches of few tokens over this cache run in one piece from now on, where the kernels serve.
 
-        Its bits are those of the layers called one by one. Few: as many as the kernels are the fastest for; MOST where
-        they serve any number.
+        On a CPU they are a program, whose bits are those of the layers called one by one. Few: as many as the kernels
+        are the fastest for; MOST where they serve any number. On a GPU passes of one token a sequence are recorded.
         """
-        weight = self.norm.weight
+        weight, self._max_seq_len = self.norm.weight, max_seq_len
+        if weight.device.type == "cuda":
+            # Among several ranks steps are not recorded: a collective that is played has no timeout.
+            if self.n_ranks == 1 and paged(cache.layers[0][0]) and not self.rope.dynamic:
+                self.record(cache, recorder(weight.device))
+            return
         if not (compiled(weight) and programs.compiled() and compiled_for(cache.layers[0])):
             return
         any_number = self.reproducible or isinstance(self.output.weight, Packed)
@@ -147,20 +155,31 @@ class Transformer(nn.Module):
             program.add_norm(x, y, x, after.weight, after.eps, normed)
         self.program = cache, program
 
+    def record(self, cache: KVCache, record: Record) -> None:
+        """Have passes of one token a sequence over this cache recorded with `record`, and played, from now on."""
+        made = Recordings(lambda batch: self._layers(batch, cache), record, self._max_seq_len, self.norm.weight.device)
+        self.recordings = cache, made
+
     def take_sums(self, reproducible: bool) -> None:
         """From now on take sums by unit, or as is the fastest. Every rank of the group calls it alike."""
         self.reproducible = reproducible
         for module in self.modules():
             if isinstance(module, (ColumnParallelLinear, FusedColumns, RowParallelLinear, VocabParallelEmbedding)):
                 module.reproducible = reproducible
-        if self.program is not None:
-            self.lay_out(self.program[0])
+        laid = self.program or self.recordings
+        if laid is not None:
+            self.lay_out(laid[0], self._max_seq_len)
 
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Run the batch's tokens through all layers, writing the cache: the last hidden states, normed, [n, dim].
 
         They may be overwritten by the next call.
         """
+        if self.recordings is not None and self.recordings[0] is cache and self.recordings[1].serves(batch):
+            return self.recordings[1].run(batch)
+        return self._layers(batch, cache)
+
+    def _layers(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         angles = self.rope.angles(batch.positions, batch.lengths, batch.stop)
         x = self.tok_embeddings(batch.tokens)
         if self.program is not None and self.program[0] is cache and len(x) <= self.program[1].most:

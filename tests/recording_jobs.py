@@ -1,0 +1,48 @@
+"""What test_recordings.py runs on every rank: the engine with recorded passes, and without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llama_dist.model import recordings, transformer
+from llama_dist.model.cache import KVCache
+from llama_dist.model.recordings import Step
+from tests.engine_jobs import Prompts, Row, Run, answer_all, engine_for
+from tests.reproducible_jobs import WAYS
+
+
+def again(step: Step) -> tuple[Callable[[], object], torch.Tensor]:
+    """In place of `recorder` where no GPU is: a recording that computes anew what it reads from its own addresses."""
+    result = step().clone()
+    return lambda: result.copy_(step()), result
+
+
+def refused(step: Step) -> tuple[Callable[[], object], torch.Tensor]:
+    raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more lines")
+
+
+def answers(folder: str, device: str, way: str, kind: str, asked: Prompts) -> tuple[list[Row], list[int]]:
+    """Rows, and how many rows each pass that was played had. `kind`: plain, recorded or refused."""
+    played: list[int] = []
+    record = {"recorded": recordings.recorder if device == "cuda" else lambda device: again}
+    record["refused"] = lambda device: refused
+
+    def lay_out(self: transformer.Transformer, cache: KVCache, max_seq_len: int) -> None:
+        self._max_seq_len = max_seq_len
+        if kind != "plain":
+            self.record(cache, count(record[kind](self.norm.weight.device)))
+
+    def count(record: recordings.Record) -> recordings.Record:
+        def counted(step: Step) -> tuple[Callable[[], object], torch.Tensor]:
+            play, hidden = record(step)
+            return lambda: (played.append(len(hidden)), play()), hidden
+
+        return counted
+
+    transformer.Transformer.lay_out = lay_out  # type: ignore[method-assign]
+    options: dict[str, Any] = {"reproducible": True, "dtype": "bfloat16", "device": device, "max_seq_len": 96}
+    rows = answer_all(engine_for(folder, Run({**options, **WAYS[way].options}, WAYS[way].pages)), asked)
+    return rows, played
