@@ -15,23 +15,31 @@ pytestmark = pytest.mark.spmd
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "dtype"), [("llama-9-3", "bfloat16"), ("mistral-window", "float32")])
-def test_interpreted_in_any_world_and_any_batch(checkpoint: Saver, case: str, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "dtype", "quantization"),
+    [("llama-9-3", "bfloat16", None), ("mistral-window", "float32", None), ("llama-gqa", "bfloat16", "int4")],
+)
+def test_interpreted_in_any_world_and_any_batch(
+    checkpoint: Saver, case: str, dtype: str, quantization: str | None
+) -> None:
     need_triton("cpu")
     asked = [(ids[:11], {**params, "max_tokens": 3}) for ids, params in prompts(3, tiny.VOCAB)]
     rest = (str(checkpoint(case, "hf")), "cpu", dtype)
     env = {"TRITON_INTERPRET": "1"}
-    [(alone, mode)] = run_ranks(1, every_way, *rest, ["alone"], asked, env=env)
+    [(alone, mode)] = run_ranks(1, every_way, *rest, ["alone"], asked, quantization, env=env)
     assert "Triton kernels" in mode and len(alone["alone"]) == 3
-    for found, _ in run_ranks(3, every_way, *rest, ["in chunks"], asked, env=env):
+    for found, _ in run_ranks(3, every_way, *rest, ["in chunks"], asked, quantization, env=env):
         assert found["in chunks"] == alone["alone"]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("case", ["llama-9-3", "llama-head-dim", "mistral-window", "qwen3"])
-def test_compiled_in_any_batch(checkpoint: Saver, case: str, dtype: str) -> None:
-    asked = prompts(12, tiny.VOCAB)
-    [(found, mode)] = run_ranks(1, every_way, str(checkpoint(case, "hf")), "cuda", dtype, list(WAYS), asked)
+@pytest.mark.parametrize(
+    ("case", "quantization"),
+    [("llama-9-3", None), ("llama-9-3", "int8"), ("llama-head-dim", "int4"), ("mistral-window", None), ("qwen3", None)],
+)
+def test_compiled_in_any_batch(checkpoint: Saver, case: str, dtype: str, quantization: str | None) -> None:
+    asked, folder = prompts(12, tiny.VOCAB), str(checkpoint(case, "hf"))
+    [(found, mode)] = run_ranks(1, every_way, folder, "cuda", dtype, list(WAYS), asked, quantization)
     assert "Triton kernels" in mode
     assert all(found[way] == found["alone"] for way in WAYS)

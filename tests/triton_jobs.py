@@ -22,7 +22,7 @@ def interpret() -> None:
 
 
 def every_way(
-    folder: str, device: str, dtype: str, ways: Sequence[str], asked: Prompts
+    folder: str, device: str, dtype: str, ways: Sequence[str], asked: Prompts, quantization: str | None = None
 ) -> tuple[dict[str, list[Row]], str]:
     """Rows of each way, and the numeric mode."""
     if device == "cpu":
@@ -30,7 +30,8 @@ def every_way(
     found = {}
     for way in ways:
         options = {"reproducible": True, "dtype": dtype, "device": device, "max_seq_len": 96, **WAYS[way].options}
+        options["quantization"] = quantization
         engine = engine_for(folder, Run(options, WAYS[way].pages))
         found[way] = answer_all(engine, asked)
-    mode = session.numeric_mode(engine.model.norm.weight.dtype, None, engine.world.device, 8)
+    mode = session.numeric_mode(engine.model.norm.weight.dtype, quantization, engine.world.device, 8)
     return found, mode

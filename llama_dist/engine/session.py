@@ -25,6 +25,7 @@ from llama_dist.engine.pages import PageTable
 from llama_dist.engine.scheduler import Scheduler
 from llama_dist.errors import ConfigError, Halted
 from llama_dist.kernels.quantized import compiled
+from llama_dist.kernels.triton_here import serves
 from llama_dist.model.cache import PAGE_SIZE
 from llama_dist.model.room import move_together
 from llama_dist.model.transformer import Transformer
@@ -172,7 +173,7 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
         "" if world.n_replicas == 1 else "s",
         time.monotonic() - began,
     )
-    if packing is not None and not compiled(model.norm.weight):
+    if packing is not None and not (compiled(model.norm.weight) or serves(model.norm.weight)):
         log.info("no kernel multiplies packed weights here: they are unpacked for every product, which is slow")
     meet(world, "loaded")  # the others' memory is counted when all have taken what they need
     if any(collect(world, halted())):

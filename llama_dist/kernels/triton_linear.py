@@ -8,6 +8,8 @@ way for special ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -92,14 +94,28 @@ def linear(
 
 def unit_sums(x: torch.Tensor, w: torch.Tensor, unit: int, first: int) -> torch.Tensor:
     """As `kernels.linear.unit_sums`: float32 [roots, M, N]. Units are planes of one product, added up in pairs."""
-    n_units, columns = x.shape[1] // unit, w.shape[0]
+    n_units = x.shape[1] // unit
+    return in_steps(lambda part, planes: _run(part, w, None, planes, unit), x, w.shape[0], n_units, first)
+
+
+def in_steps(
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    columns: int,
+    n_units: int,
+    first: int,
+) -> torch.Tensor:
+    """Sums of units number `first` and on, float32 [roots, M, columns]; `product` fills planes [units, rows, columns].
+
+    Some rows of x at a time, so that the planes take little memory.
+    """
     nodes = roots(first, n_units)
     sums = torch.empty(len(nodes), x.shape[0], columns, dtype=torch.float32, device=x.device)
     step = max(TILE, SCRATCH // max(1, n_units * columns))
     for start in range(0, x.shape[0], step):
         part = x[start : start + step]
         planes = torch.empty(n_units, len(part), columns, dtype=torch.float32, device=x.device)
-        _run(part, w, None, planes, unit)
+        product(part, planes)
         for root, held in zip(sums, torch.split(planes, [2**level for level, _ in nodes]), strict=True):
             while len(held) > 1:
                 held = held[0::2] + held[1::2]

@@ -1,11 +1,11 @@
-"""y = x W^T with packed W, and its partial sums by unit: the C++ kernel, or another with unpacked weights."""
+"""y = x W^T with packed W, and its partial sums by unit: in C++ or Triton, else with unpacked weights."""
 
 from __future__ import annotations
 
 import torch
 
 from llama_dist.kernels import linear as plain
-from llama_dist.kernels import quantized
+from llama_dist.kernels import quantized, triton_here
 from llama_dist.kernels.tree import roots
 from llama_dist.quant.pack import unpack
 from llama_dist.quant.packed import EXACT, Packed
@@ -24,6 +24,10 @@ def panels(dtype: torch.dtype, device: torch.device) -> Scheme | None:
 def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [m, k] times w [n, k] transposed, plus bias [n]: [m, n] in x's dtype. A row's bits depend on the row alone."""
     if not quantized.compiled(x):
+        if triton_here.serves(x) and not w.scheme.exact:
+            from llama_dist.kernels import triton_packed
+
+            return triton_packed.linear(x, w, bias)
         return linear_twin(x, w, bias)
     return quantized.product(x, w, bias, torch.empty(len(x), w.rows, dtype=x.dtype), quantized.WHOLE)
 
@@ -39,6 +43,10 @@ def unit_sums(x: torch.Tensor, w: Packed, first: int) -> torch.Tensor:
     x [m, k], w [n, k] hold the units from number `first` on.
     """
     if not quantized.compiled(x):
+        if triton_here.serves(x) and not w.scheme.exact:
+            from llama_dist.kernels import triton_packed
+
+            return triton_packed.unit_sums(x, w, first)
         return unit_sums_twin(x, w, first)
     y = torch.empty(len(roots(first, w.n_units)), len(x), w.rows, dtype=torch.float32)
     return quantized.product(x, w, None, y, first) if w.n_units else y
