@@ -11,10 +11,10 @@ import torch
 from llama_dist.checkpoint.files import File
 from llama_dist.kernels.blocks import BlockKind, decode
 
-PIECE_BYTES = 32 * 2**20
-"""Most bytes a piece has, and most that are read for it. A caller may hold the last piece while the next is made."""
+PIECE_BYTES = 4 * 2**20
+"""Most bytes a piece has, and most that are read for it: few enough to stay in the cache until they are used."""
 DECODED_BYTES = 2 * 2**20
-"""The same for quantised pieces, as floats: few enough to stay in the cache until they are packed."""
+"""The same for quantised pieces, as floats."""
 SMALL_ROW = 16 * 2**10
 """Rows up to this many bytes are read whole: one large read beats many of less than a few pages."""
 
