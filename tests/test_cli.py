@@ -391,3 +391,18 @@ def test_a_bad_prompt_is_named_by_number(checkpoint: Saver) -> None:
     done = start(*words, "--prompt", "fine", "--prompt", "much too long " * 9)
     assert (done.returncode, done.stdout) == (2, "")
     assert "prompt 2 of 2: the prompt has" in done.stderr and "max_seq_len 16" in done.stderr
+
+
+def readme_lines() -> list[str]:
+    """The README's commands that start a command of ours, also those that no test runs."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    lines = "\n".join(re.findall(r"^```(?:sh)?\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)).splitlines()
+    return [line for line in lines if re.search(r"^(llama_dist|.* -m llama_dist) \w", line) and "..." not in line]
+
+
+@pytest.mark.parametrize("line", readme_lines())
+def test_the_readme_s_commands_are_understood(line: str) -> None:
+    words = shlex.split(re.split(r"(?:^|-m )llama_dist ", line, maxsplit=1)[1].partition(" |")[0], comments=True)
+    for redirected in (">", "<", "2>", "&&", ";"):
+        words = words[: words.index(redirected)] if redirected in words else words
+    assert cli.parse(words).command == words[0]
