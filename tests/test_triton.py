@@ -257,7 +257,7 @@ def made(kernel, arch, constants, aligned, n_warps):
     pointers = ("a", "b", "x", "y", "w", "q", "keys", "values", "out", "bias", "weight", "total")
     lists = ("tables", "starts", "lengths", "readers")
     kinds = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(lists, "*i32") | {"scale": "fp32", "eps": "fp32"}
-    kinds |= {"codes": "*u8", "scales": "*u8", "factors": "*fp32"}
+    kinds |= {"codes": "*i32", "scales": "*u8", "factors": "*fp32"}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
@@ -266,13 +266,16 @@ def made(kernel, arch, constants, aligned, n_warps):
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
 
 tiles = {"HAS_BIAS": True, "TILE": triton_linear.TILE, "DEPTH": 64}
-packed = {"HAS_BIAS": True, "TILE": triton_linear.TILE, "DEPTH": 64, "BLOCK": 16, "GROUP": 32}
+packed = {"HAS_BIAS": True, "TILE": triton_linear.TILE, "BLOCK": 16}
 spans = {"SIZE": 64, "WIDTH": 64, "PAGE": 16, "ROWS": 64, "KEYS": triton_attention.KEYS, "LISTED": 128}
 for arch, tensor_core in ((80, "mma.sync.aligned.m16n8k16"), (90, "wgmma.mma_async.sync.aligned.m64n")):
     texts = [
         made(triton_linear._tiles, arch, tiles, ("x", "w", "y", "unit", "x_stride", "w_stride"), 4),
         made(triton_attention._spans, arch, spans, ("q", "keys", "values", "out", "cache_stride"), 4),
-        *(made(triton_packed._blocks, arch, {**packed, "BITS": n}, ("x", "codes", "x_stride"), 4) for n in (8, 6, 4)),
+        *(
+            made(triton_packed._blocks, arch, {**packed, "BITS": n, "WORDS": words}, ("x", "codes", "x_stride"), 4)
+            for n, words in triton_packed.WORDS.items()
+        ),
         made(triton_rows._norm, arch, {"ADD": True, "WIDTH": 1024}, (), 4),
         made(triton_rows._gate, arch, {"BLOCK": 1024}, (), 4),
     ]

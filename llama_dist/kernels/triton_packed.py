@@ -1,12 +1,14 @@
 """y = x W^T with packed W in Triton, and its partial sums by unit: weights are unpacked where they are multiplied.
 
-A program has one block of sixteen rows of W, so what a step reads of it is what is packed. A weight becomes the number
-of x's type that `quant.pack.unpack` makes of it; sums are taken as in triton_linear.py, unit after unit.
+A program has one block of sixteen rows of W, so what a step reads of it is what is packed. Codes are read in words of
+four bytes; so x is laid out first by where in a word a number's code is, and each such part is a product of its own. A
+weight becomes the number of x's type that `quant.pack.unpack` makes of it.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -14,8 +16,7 @@ from llama_dist.kernels.triton_linear import FUSED, TILE, in_steps
 from llama_dist.quant.packed import Packed
 from llama_dist.quant.scheme import BLOCK, GROUP, groups_of
 
-DEPTH = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}  # entries of K multiplied at a time: whole groups
-WHOLE_BITS = (8, 6, 4)
+WORDS = {8: 64, 6: 32, 4: 32}  # by the bits of a code: words of a row multiplied at a time, of 256 numbers
 
 
 @triton.jit(do_not_specialize=("rows", "columns", "n_units"))  # type: ignore[untyped-decorator]
@@ -29,97 +30,107 @@ def _blocks(
     rows: tl.tensor,
     columns: tl.tensor,
     n_units: tl.tensor,
-    unit: tl.tensor,
-    unit_groups: tl.tensor,
+    unit_words: tl.tensor,
     x_stride: tl.tensor,
+    part_stride: tl.tensor,
     codes_stride: tl.tensor,
     scales_stride: tl.tensor,
     factors_stride: tl.tensor,
     HAS_BIAS: tl.constexpr,
     BITS: tl.constexpr,
     TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
+    WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
 ) -> None:
-    """A tile of one plane of y [planes, rows, columns]: of its `n_units` units x [rows, K] times sixteen rows of W."""
+    """A tile of one plane of y [planes, rows, columns]: of its `n_units` units x times sixteen rows of W.
+
+    x [rows, parts, words of all units]; part p goes with the codes that begin at bit 8 (p % 4) + 4 (p // 4) of a word.
+    """
+    LINES: tl.constexpr = 8 if BITS == 8 else 4  # words of a group of a row
+    STORED: tl.constexpr = BITS  # lines of a group as they lie: of six bits two more, for the high bits of four lines
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     block = tl.program_id(1).to(tl.int64)
     plane = tl.program_id(2).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     column = block * BLOCK + lane
     is_row = (row < rows)[:, None]
-    block_codes = codes + block * codes_stride + lane[None, :] * 4
+    block_codes = codes + block * codes_stride + lane[None, :]
     block_scales = scales + block * scales_stride + lane[None, :]
     block_factors = factors + block * factors_stride + lane
-    number = tl.arange(0, DEPTH)
-    # Of a group, step s has numbers 4 s up to 4 s + 3; four and six bits share bytes with step s + 4 (groups.h).
-    step, of_four = number % GROUP // 4, number % 4
+    x_row = x + row[:, None] * x_stride
     total = tl.zeros((TILE, BLOCK), tl.float32)
     for u in range(plane * n_units, plane * n_units + n_units):
         factor = tl.load(block_factors + u * BLOCK)[None, :]
-        for start in range(0, unit, DEPTH):
-            at = start + number
-            inside = at < unit
-            group = (u * unit_groups + at // GROUP).to(tl.int64)
+        for start in range(0, unit_words, WORDS):
+            in_unit = start + tl.arange(0, WORDS)
+            inside = in_unit < unit_words
+            at = u * unit_words + in_unit
+            group, step = at // LINES, at % LINES
             held = inside[:, None] & (lane < BLOCK)[None, :]
-            lines = block_codes + of_four[:, None]
-            if BITS == 8:
-                line = group * 8 + step
-                code = tl.load(lines + (line * 4 * BLOCK)[:, None], mask=held, other=0).to(tl.int32)
-            else:
-                line = group * (4 if BITS == 4 else 6) + step % 4
-                code = tl.load(lines + (line * 4 * BLOCK)[:, None], mask=held, other=0).to(tl.int32)
-                code = (code >> (step // 4 * 4)[:, None]) & 15
-                if BITS == 6:
-                    line = group * 6 + 4 + step % 4 // 2
-                    high = tl.load(lines + (line * 4 * BLOCK)[:, None], mask=held, other=0).to(tl.int32)
-                    code |= ((high >> (step % 2 * 4 + step // 4 * 2)[:, None]) & 3) << 4
+            word = tl.load(block_codes + ((group * STORED + step) * BLOCK)[:, None], mask=held, other=0)
+            if BITS == 6:
+                more = tl.load(block_codes + ((group * STORED + 4 + step // 2) * BLOCK)[:, None], mask=held, other=0)
+                more = more >> (step % 2 * 4)[:, None]
             if BITS == 4:
                 of_group = block_scales + (group * 2 * BLOCK)[:, None]
                 zero = tl.load(of_group + BLOCK, mask=held, other=0).to(tl.float32) / 16.0
             else:
                 of_group = block_scales + (group * BLOCK)[:, None]
-                zero = tl.full((DEPTH, BLOCK), 1 << (BITS - 1), tl.float32)
+                zero = tl.full((WORDS, BLOCK), 1 << (BITS - 1), tl.float32)
             scale = tl.load(of_group, mask=held, other=0).to(tl.float32)
-            w = (((code.to(tl.float32) - zero) * scale) * factor).to(x.dtype.element_ty)
-            a = tl.load(
-                x + row[:, None] * x_stride + (u * unit + at)[None, :], mask=is_row & inside[None, :], other=0.0
-            )
-            total = tl.dot(a, w, total, input_precision="ieee")
+            for part in tl.static_range(32 // LINES):
+                code = (word >> (8 * (part % 4) + 4 * (part // 4))) & (255 if BITS == 8 else 15)
+                if BITS == 6:
+                    code |= ((more >> (8 * (part % 4) + 2 * (part // 4))) & 3) << 4
+                w = (((code.to(tl.float32) - zero) * scale) * factor).to(x.dtype.element_ty)
+                a = tl.load(x_row + (part * part_stride + at)[None, :], mask=is_row & inside[None, :], other=0.0)
+                total = tl.dot(a, w, total, input_precision="ieee")
     if HAS_BIAS:
         total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     place = (plane * rows + row[:, None]) * columns + column[None, :]
     tl.store(y + place, total.to(y.dtype.element_ty), mask=is_row & (column < columns)[None, :])
 
 
+def _parts(x: torch.Tensor, w: Packed) -> torch.Tensor:
+    """x [M, K] by the place of a number's code in its word: [M, parts, words of all units], zeros where a unit ends."""
+    groups = groups_of(w.unit)
+    padded = F.pad(x.reshape(len(x), w.n_units, w.unit), (0, groups * GROUP - w.unit))
+    halves = 1 if w.scheme.bits == 8 else 2  # four and six bits: step s, 0 to 3, shares words with step s + 4
+    laid = padded.view(len(x), w.n_units * groups, halves, -1, 4).permute(0, 2, 4, 1, 3)
+    return laid.reshape(len(x), halves * 4, -1).contiguous()
+
+
 def _run(x: torch.Tensor, w: Packed, bias: torch.Tensor | None, y: torch.Tensor, n_units: int) -> torch.Tensor:
     """y [planes, M, N], packed, of x [M, K] and w [N, K]; a plane has so many units."""
-    assert w.scheme.bits in WHOLE_BITS and x.stride(-1) == 1, (w.scheme, x.stride())
+    assert w.scheme.bits in WORDS and x.shape[1] == w.shape[1], (w.scheme, x.shape, w.shape)
     assert all(t.stride(2) == 1 and t.stride(1) == t.shape[2] for t in w.parts), "the groups of a block in one piece"
     assert bias is None or bias.is_contiguous()
     planes, rows, columns = y.shape
     if y.numel():
+        parts, codes = _parts(x, w), w.codes.view(torch.int32)
         _blocks[(triton.cdiv(rows, TILE), triton.cdiv(columns, BLOCK), planes)](
-            x,
-            *w.parts,
+            parts,
+            codes,
+            w.scales,
+            w.factors,
             w.factors if bias is None else bias,
             y,
             rows,
             columns,
             n_units,
-            w.unit,
-            groups_of(w.unit),
-            x.stride(0),
-            *(t.stride(0) for t in w.parts),
+            parts.shape[2] // w.n_units,
+            parts.stride(0),
+            parts.stride(1),
+            codes.stride(0),
+            w.scales.stride(0),
+            w.factors.stride(0),
             HAS_BIAS=bias is not None,
             BITS=w.scheme.bits,
             TILE=TILE,
-            DEPTH=DEPTH[x.dtype],
+            WORDS=WORDS[w.scheme.bits],
             BLOCK=BLOCK,
-            GROUP=GROUP,
             num_warps=4,
-            num_stages=3,
+            num_stages=1 if x.dtype == torch.float32 else 3,  # of float32 three take more than some devices share
             enable_fp_fusion=FUSED,
         )
     return y
