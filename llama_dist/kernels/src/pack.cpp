@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "groups.h"
+#include "pairs.h"
 
 namespace {
 
@@ -25,10 +26,15 @@ struct From {
 
 // Group [32] of lanes, at column `at`. Returns whether all numbers of it are sound.
 INLINE bool read_group(const From &from, int64_t at, int64_t n, Lanes *group) {
-    float numbers[GROUP][WIDTH] = {};
+    alignas(64) float numbers[GROUP][WIDTH];
     n = std::min(n, from.columns - at);
-    for (int64_t r = 0; r < from.rows; r++)
-        for (int64_t i = 0; i < n; i++) numbers[i][r] = from.w[r * from.ldw + at + i];
+    if (n == GROUP && from.rows == WIDTH) {
+        turn(from.w + at, from.ldw, GROUP, numbers[0]);
+    } else {
+        memset(numbers, 0, sizeof numbers);
+        for (int64_t r = 0; r < from.rows; r++)
+            for (int64_t i = 0; i < n; i++) numbers[i][r] = from.w[r * from.ldw + at + i];
+    }
     Lanes wrong = all(0.0f);
     for (int i = 0; i < GROUP; i++) {
         group[i] = load(numbers[i]);
@@ -103,8 +109,12 @@ INLINE void put_bytes(uint8_t *to, Lanes x) {
 template <int BITS>
 INLINE void put_codes(uint8_t *to, const uint8_t (*codes)[WIDTH]) {
     auto line = [&](int step, int n, auto code) {
-        for (int k = 0; k < 4; k++)
-            for (int r = 0; r < WIDTH; r++) to[n * STEP_BYTES + r * 4 + k] = uint8_t(code(4 * step + k, r));
+        uint32_t words[WIDTH];
+        for (int r = 0; r < WIDTH; r++) {
+            auto byte = [&](int k) { return uint32_t(uint8_t(code(4 * step + k, r))) << 8 * k; };
+            words[r] = byte(0) | byte(1) | byte(2) | byte(3);
+        }
+        memcpy(to + n * STEP_BYTES, words, sizeof words);
     };
     if (BITS == 8) {
         for (int s = 0; s < STEPS; s++) line(s, s, [&](int i, int r) { return codes[i][r]; });

@@ -219,34 +219,6 @@ template <class T> void run(const Job &job, int threads) {
     }
 }
 
-typedef uint32_t Quad __attribute__((vector_size(16)));
-
-#ifdef __clang__
-#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define PICK(a, b, ...) __builtin_shuffle(a, b, Quad{__VA_ARGS__})
-#endif
-
-// A whole group of sixteen rows, `stride` bytes apart, into its panel: four words of four rows at a time change places.
-template <class T> INLINE void lay_group(const T *rows, int64_t stride, T *group) {
-    auto quad = [&](int64_t row, int64_t at) {
-        Quad q;
-        memcpy(&q, (const char *)rows + row * stride + at, sizeof q);
-        return q;
-    };
-    char *to = (char *)group;
-    for (int64_t at = 0; at < int64_t(GROUP * sizeof(T)); at += sizeof(Quad))
-        for (int64_t row = 0; row < WIDTH; row += 4) {
-            const Quad a = quad(row, at), b = quad(row + 1, at), c = quad(row + 2, at), d = quad(row + 3, at);
-            const Quad ab = PICK(a, b, 0, 4, 1, 5), cd = PICK(c, d, 0, 4, 1, 5);
-            const Quad ab2 = PICK(a, b, 2, 6, 3, 7), cd2 = PICK(c, d, 2, 6, 3, 7);
-            const Quad turned[] = {PICK(ab, cd, 0, 1, 4, 5), PICK(ab, cd, 2, 3, 6, 7), PICK(ab2, cd2, 0, 1, 4, 5),
-                                   PICK(ab2, cd2, 2, 3, 6, 7)};
-            for (int64_t i = 0; i < 4; i++)
-                memcpy(to + ((at / 4 + i) * WIDTH + row) * 4, &turned[i], sizeof(Quad));
-        }
-}
-
 template <class T>
 void lay_out(const T *w, int64_t ldw, int64_t rows, int64_t columns, int64_t unit, int64_t n_units, T *to, int threads) {
     const int64_t blocks = (rows + WIDTH - 1) / WIDTH, groups = (unit + GROUP - 1) / GROUP;
@@ -258,7 +230,7 @@ void lay_out(const T *w, int64_t ldw, int64_t rows, int64_t columns, int64_t uni
             const int64_t n = std::max<int64_t>(0, std::min({GROUP, unit - in_unit, columns - start}));
             const int64_t height = std::min<int64_t>(WIDTH, rows - b * WIDTH);
             if (n == GROUP && height == WIDTH) {
-                lay_group(w + b * WIDTH * ldw + start, ldw * int64_t(sizeof(T)), group);
+                turn(w + b * WIDTH * ldw + start, ldw, GROUP, group);
                 continue;
             }
             std::fill_n(group, GROUP * WIDTH, T{});
