@@ -118,7 +118,7 @@ def faulty_row(folder: str, stage: str, rank: int, quantization: str | None = No
 
 def plant(model: Any, stage: str, here: bool) -> Any:
     """Make one stage on one rank answer NaN for rows that come from token 77; gives the function that ends it."""
-    model.program = None  # hooks are for layers that are called one by one
+    model.program = model.recordings = None  # hooks are for layers that are called one by one
     state: dict[str, torch.Tensor] = {}
     hooks = [model.tok_embeddings.register_forward_pre_hook(lambda m, a: state.update(bad=a[0] == 77))]
     if stage == "the embedding":
