@@ -161,6 +161,32 @@ def test_two_that_take_over_at_once(join: Any, clock: Clock, folder: Path) -> No
     assert not list(folder.glob("*.old"))
 
 
+def test_a_lease_that_is_put_back_does_not_outlive_its_block(
+    join: Any, clock: Clock, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """c takes away what it thinks a's, who is gone, and is b's; b finishes before c has put it back."""
+    a, b, c = join("a"), join("b"), join("c")
+    assert a.claim("1")
+    for _ in range(70):
+        clock.now += 1
+        b._beat()
+        c._beat()
+        b.look()
+        c.look()
+    assert b.claim("1")
+    link = os.link
+
+    def put_back(source: Path, target: Path) -> None:
+        if target.name == "1.lease":
+            assert not target.exists()
+            b.finish("1")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", put_back)
+    assert not c.claim("1")
+    assert (folder / "1.done").exists() and not list(folder.glob("*.lease")) and not list(folder.glob("*.old"))
+
+
 def test_a_dead_process_of_this_host_is_lost_at_once(folder: Path, clock: Clock) -> None:
     child = os.fork()
     if child == 0:

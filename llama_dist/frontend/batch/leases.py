@@ -188,6 +188,9 @@ class Leases:
             if not meant:
                 with contextlib.suppress(FileExistsError):
                     os.link(grave, path)
+                if (self.folder / f"{name}.done").exists():  # meanwhile: its owner found no lease to take away
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path)
             os.unlink(grave)
         except OSError:
             meant = False  # another was faster
