@@ -37,7 +37,7 @@ def refuse(err: LlamaDistError, rank: int, speaks: bool) -> int:
 
 
 def prepare(line: cli.Line, n_ranks: int) -> Callable[[], int]:
-    """`cli.prepare`, with no search for garbage among what stays (torch, the tokenizer): 0.2 s of a start."""
+    """`cli.prepare`, with no search for garbage among what stays (torch, the tokenizer): 0.3 s of a start."""
     gc.disable()
     try:
         return cli.prepare(line, n_ranks)

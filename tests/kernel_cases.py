@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 
 from llama_dist.kernels import build
 from llama_dist.kernels.attention import PAGE_SIZE, attend, compiled_for, laid_out
+from llama_dist.kernels.tree import roots, total
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -100,3 +102,16 @@ def attended(
     """`attend` over the parts as one batch -> [length, heads * head_dim] of each."""
     out = attend(*arguments(parts, of_query, seed=seed, offset=offset, compiled=True), window)
     return list(torch.split(out, [stop - start for _, start, stop in parts]))
+
+
+def totals_of_runs(n_units: int, sums: Callable[[int, int], torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+    """The whole sum over the units, dealt to 1, 2, 3 and n_units ranks: how many, and what `total` makes of their sums.
+
+    `sums` has the roots of a run of units, from the first up to the last but one.
+    """
+    for parts in (1, 2, 3, n_units):
+        cuts = [part * n_units // parts for part in range(parts + 1)]
+        runs = list(itertools.pairwise(cuts))
+        held = [value for run in runs for value in sums(*run)]
+        nodes = [node for first, stop in runs for node in roots(first, stop - first)]
+        yield parts, total(nodes, held)

@@ -31,9 +31,8 @@ def answers(folder: str, device: str, way: str, kind: str, asked: Prompts) -> tu
     record["refused"] = lambda device: refused
 
     def lay_out(self: transformer.Transformer, cache: KVCache, max_seq_len: int) -> None:
-        self._max_seq_len = max_seq_len
         if kind != "plain":
-            self.record(cache, count(record[kind](self.norm.weight.device)))
+            self.record(cache, max_seq_len, count(record[kind](self.norm.weight.device)))
 
     def count(record: recordings.Record) -> recordings.Record:
         def counted(step: Step) -> tuple[Callable[[], object], torch.Tensor]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from llama_dist.kernels import linear
-from llama_dist.kernels.tree import roots, total
-from tests.kernel_cases import DTYPES, askew, need_kernels, same_bits, threads
+from llama_dist.kernels.tree import total
+from tests.kernel_cases import DTYPES, askew, need_kernels, same_bits, threads, totals_of_runs
 
 SHAPES = ((1, 1, 1), (2, 17, 33), (3, 5, 64), (4, 16, 100), (7, 35, 576), (33, 6, 513), (70, 64, 1100))
 """Rows, columns, and what is summed."""
@@ -58,12 +58,10 @@ def test_units_are_summed_in_the_tree(dtype: torch.dtype, unit: int, n_units: in
     cuts = list(zip(torch.split(x, unit, 1), torch.split(w, unit, 1), strict=True))
     alone = [linear.linear(a.contiguous(), b.contiguous(), dtype=torch.float32) for a, b in cuts]
     true = total([(0, i) for i in range(n_units)], alone)
-    for parts in (1, 2, 3, n_units):
-        held: list[torch.Tensor] = []
-        nodes = []
-        for part in range(parts):
-            first, stop = part * n_units // parts, (part + 1) * n_units // parts
-            columns = slice(first * unit, stop * unit)
-            held += list(linear.unit_sums(x[:, columns], w[:, columns], unit, first))
-            nodes += roots(first, stop - first)
-        assert same_bits(total(nodes, held), true), parts
+
+    def sums(first: int, stop: int) -> torch.Tensor:
+        columns = slice(first * unit, stop * unit)
+        return linear.unit_sums(x[:, columns], w[:, columns], unit, first)
+
+    for parts, whole in totals_of_runs(n_units, sums):
+        assert same_bits(whole, true), parts

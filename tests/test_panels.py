@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from llama_dist.kernels import build, quantized
-from llama_dist.kernels.tree import roots, total
+from llama_dist.kernels.tree import total
 from llama_dist.quant import pack as packing
 from llama_dist.quant import product
 from llama_dist.quant.pack import pack, rows, unpack
 from llama_dist.quant.packed import EXACT, Packed, empty, together
-from tests.kernel_cases import DTYPES, askew, need_kernels, same_bits, threads
+from tests.kernel_cases import DTYPES, askew, need_kernels, same_bits, threads, totals_of_runs
 
 CPU = torch.device("cpu")
 SHAPES = (
@@ -85,14 +85,12 @@ def test_units_are_summed_in_the_tree(dtype: torch.dtype, unit: int, n_units: in
         x = draws(m, unit * n_units, dtype=dtype)
         alone = [product.unit_sums(a, laid(b), 0)[0] for a, b in zip(x.split(unit, 1), w.split(unit, 1), strict=True)]
         true = total([(0, i) for i in range(n_units)], alone)
-        for parts in (1, 2, 3, n_units):
-            found: list[torch.Tensor] = []
-            nodes = []
-            for part in range(parts):
-                first, stop = part * n_units // parts, (part + 1) * n_units // parts
-                found += list(product.unit_sums(x[:, first * unit : stop * unit], held.units(first, stop), first))
-                nodes += roots(first, stop - first)
-            assert same_bits(total(nodes, found), true), parts
+
+        def sums(first: int, stop: int, x: torch.Tensor = x) -> torch.Tensor:
+            return product.unit_sums(x[:, first * unit : stop * unit], held.units(first, stop), first)
+
+        for parts, whole in totals_of_runs(n_units, sums):
+            assert same_bits(whole, true), (m, parts)
 
 
 @pytest.mark.parametrize(("n", "unit", "n_units"), [(1, 1, 1), (16, 32, 1), (35, 37, 5), (50, 100, 2)])

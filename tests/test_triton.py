@@ -19,9 +19,9 @@ import torch.nn.functional as F
 
 from llama_dist.engine import numerics
 from llama_dist.kernels import linear, small, triton_here
-from llama_dist.kernels.tree import roots, total
-from tests.kernel_cases import askew, same_bits
-from tests.triton_cases import DEVICES, DTYPES, like_a_gpu, need_triton
+from llama_dist.kernels.tree import total
+from tests.kernel_cases import askew, same_bits, totals_of_runs
+from tests.triton_cases import DEVICES, DTYPES, need_triton, running_on
 
 EPS = 1e-5
 SHAPES = ((1, 1, 1), (3, 70, 33), (70, 5, 100), (130, 66, 192))
@@ -30,12 +30,7 @@ SHAPES = ((1, 1, 1), (3, 70, 33), (70, 5, 100), (130, 66, 192))
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    need_triton(request.param)
-    if request.param == "cuda":
-        yield request.param
-        return
-    with like_a_gpu():
-        yield request.param
+    yield from running_on(request.param)
 
 
 def draws(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> torch.Tensor:
@@ -94,15 +89,14 @@ def check_units(device: str, dtype: torch.dtype, unit: int, n_units: int) -> Non
     cuts = list(zip(torch.split(x, unit, 1), torch.split(w, unit, 1), strict=True))
     alone = [products().linear(a.contiguous(), b.contiguous(), dtype=torch.float32) for a, b in cuts]
     true = total([(0, i) for i in range(n_units)], alone)
-    for parts in (1, 2, 3, n_units):
-        held: list[torch.Tensor] = []
-        nodes = []
-        for part in range(parts):
-            first, stop = part * n_units // parts, (part + 1) * n_units // parts
-            columns = slice(first * unit, stop * unit)
-            held += list(products().unit_sums(x[:, columns], w[:, columns], unit, first))
-            nodes += roots(first, stop - first)
-        assert same_bits(total(nodes, held), true), parts
+
+    def sums(first: int, stop: int) -> torch.Tensor:
+        columns = slice(first * unit, stop * unit)
+        found: torch.Tensor = products().unit_sums(x[:, columns], w[:, columns], unit, first)
+        return found
+
+    for parts, whole in totals_of_runs(n_units, sums):
+        assert same_bits(whole, true), parts
 
 
 @pytest.mark.parametrize(("unit", "n_units"), [(1, 9), (96, 8), (37, 5)])

@@ -12,7 +12,7 @@ import torch
 from llama_dist.kernels import attention
 from llama_dist.kernels.attention import PAGE_SIZE, attend_twin
 from tests.kernel_cases import Part, Text, arguments, askew, same_bits, text
-from tests.triton_cases import DEVICES, DTYPES, like_a_gpu, need_triton
+from tests.triton_cases import DEVICES, DTYPES, running_on
 
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice")  # of the interpreter
 MAPS = ((0, 1, 2), (0, 0, 0, 0), (0, 1, 1, 2, 2, 2))
@@ -22,12 +22,7 @@ ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 0.03, torch.float16: 4e-3}
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    need_triton(request.param)
-    if request.param == "cuda":
-        yield request.param
-        return
-    with like_a_gpu():
-        yield request.param
+    yield from running_on(request.param)
 
 
 def attend(device: str, args: Sequence[torch.Tensor], window: int = 0) -> torch.Tensor:

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from llama_dist.kernels import triton_here
-from llama_dist.kernels.tree import roots, total
+from llama_dist.kernels.tree import total
 from llama_dist.quant import product
 from llama_dist.quant.pack import pack, unpack
 from llama_dist.quant.packed import Packed, empty
 from llama_dist.quant.scheme import INT4, INT6, INT8, Scheme
-from tests.kernel_cases import same_bits
-from tests.triton_cases import DEVICES, DTYPES, like_a_gpu, need_triton
+from tests.kernel_cases import same_bits, totals_of_runs
+from tests.triton_cases import DEVICES, DTYPES, running_on
 
 SCHEMES = {"int8": INT8, "int6": INT6, "int4": INT4}
 SHAPES = ((1, 1, 1, 1), (3, 40, 72, 1), (70, 17, 33, 3), (5, 33, 64, 2))
@@ -24,12 +24,7 @@ SHAPES = ((1, 1, 1, 1), (3, 40, 72, 1), (70, 17, 33, 3), (5, 33, 64, 2))
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    need_triton(request.param)
-    if request.param == "cuda":
-        yield request.param
-        return
-    with like_a_gpu():
-        yield request.param
+    yield from running_on(request.param)
 
 
 def triton() -> Any:
@@ -88,14 +83,13 @@ def test_units_are_summed_in_the_tree(device: str, name: str, unit: int, n_units
     w, x = packed(SCHEMES[name], 19, unit, n_units, device), draws(7, unit * n_units).to(device)
     alone = [triton().linear(part, w.units(i, i + 1)) for i, part in enumerate(torch.split(x, unit, 1))]
     true = total([(0, i) for i in range(n_units)], alone)
-    for parts in (1, 2, 3, n_units):
-        held: list[torch.Tensor] = []
-        nodes = []
-        for part in range(parts):
-            first, stop = part * n_units // parts, (part + 1) * n_units // parts
-            held += list(triton().unit_sums(x[:, first * unit : stop * unit], w.units(first, stop), first))
-            nodes += roots(first, stop - first)
-        assert same_bits(total(nodes, held), true), parts
+
+    def sums(first: int, stop: int) -> torch.Tensor:
+        found: torch.Tensor = triton().unit_sums(x[:, first * unit : stop * unit], w.units(first, stop), first)
+        return found
+
+    for parts, whole in totals_of_runs(n_units, sums):
+        assert same_bits(whole, true), parts
 
 
 def test_it_serves_where_triton_does(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,16 @@ def need_triton(device: str) -> None:
         pytest.skip(f"the interpreter of triton {version} fails with numpy 2.4")
 
 
+def running_on(device: str) -> Iterator[str]:
+    """What a fixture of DEVICES yields from: the device, with its way of running the kernels around the test."""
+    need_triton(device)
+    if device == "cuda":
+        yield device
+        return
+    with like_a_gpu():
+        yield device
+
+
 def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
     """d + a b: sums of 16 products in order, added in order; about what tensor cores do.
 

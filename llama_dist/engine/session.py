@@ -182,13 +182,12 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
         refuse_unsteady(model, world)
     n_pages = count_pages(run, world, model, checked.max_seq_len)
     # With dynamic scaling a prompt's keys depend on how long the prompt is: another prompt's pages do not serve.
-    dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
     scheduler = Scheduler(
         PageTable(n_pages, PAGE_SIZE),
         run.max_batch_size,
         run.tick_tokens,
         checked.max_seq_len,
-        run.prefix_caching and not dynamic,
+        run.prefix_caching and not model.rope.dynamic,
     )
     cache = model.new_cache(n_pages)
     model.lay_out(cache, checked.max_seq_len)

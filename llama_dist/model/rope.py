@@ -47,8 +47,10 @@ class Rope:
         """Whether angles depend on how long a sequence is."""
         return self.scaling is not None and self.scaling.kind == "dynamic"
 
-    def _dynamic(self, lengths: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    def _dynamic(self, lengths: torch.Tensor) -> torch.Tensor:
         """Frequencies [n, head_dim / 2] for tokens of sequences `lengths` long."""
+        scaling = self.scaling
+        assert scaling is not None
         beyond = lengths.clamp(min=scaling.original_max_position).float() / scaling.original_max_position
         dim = 2 * len(self.exponents)
         # A length at a time: the last bit of a power may depend on where in a tensor it stands.
@@ -68,8 +70,8 @@ class Rope:
 
         They are looked up among those of all positions up to the greatest asked for so far.
         """
-        if self.scaling is not None and self.scaling.kind == "dynamic":
-            return self._of(positions, self._dynamic(lengths, self.scaling))
+        if self.dynamic:
+            return self._of(positions, self._dynamic(lengths))
         if stop > len(self._known[0]):
             known = torch.arange(max(FIRST, 2 ** (stop - 1).bit_length()), device=positions.device)
             self._known = self._of(known, self.freqs)

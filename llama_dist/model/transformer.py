@@ -92,7 +92,7 @@ class Transformer(nn.Module):
         self.reproducible = part.reproducible
         self.program: tuple[KVCache, Program] | None = None
         self.recordings: tuple[KVCache, Recordings] | None = None
-        self._max_seq_len = 0
+        self._laid: tuple[KVCache, int] | None = None  # what it was laid out for last
 
     def weights(self) -> dict[str, tuple[torch.Tensor | Packed, Placement]]:
         """By its logical name each weight, and the part of the logical tensor that it holds; a shared one once."""
@@ -133,11 +133,11 @@ class Transformer(nn.Module):
         On a CPU they are a program, whose bits are those of the layers called one by one. Few: as many as the kernels
         are the fastest for; MOST where they serve any number. On a GPU passes of one token a sequence are recorded.
         """
-        weight, self._max_seq_len = self.norm.weight, max_seq_len
+        weight, self._laid = self.norm.weight, (cache, max_seq_len)
         if weight.device.type == "cuda":
             # Among several ranks steps are not recorded: a collective that is played has no timeout.
             if self.n_ranks == 1 and paged(cache.layers[0][0]) and not self.rope.dynamic:
-                self.record(cache, recorder(weight.device))
+                self.record(cache, max_seq_len, recorder(weight.device))
             return
         if not (compiled(weight) and programs.compiled() and compiled_for(cache.layers[0])):
             return
@@ -155,9 +155,9 @@ class Transformer(nn.Module):
             program.add_norm(x, y, x, after.weight, after.eps, normed)
         self.program = cache, program
 
-    def record(self, cache: KVCache, record: Record) -> None:
+    def record(self, cache: KVCache, max_seq_len: int, record: Record) -> None:
         """Have passes of one token a sequence over this cache recorded with `record`, and played, from now on."""
-        made = Recordings(lambda batch: self._layers(batch, cache), record, self._max_seq_len, self.norm.weight.device)
+        made = Recordings(lambda batch: self._layers(batch, cache), record, max_seq_len, self.norm.weight.device)
         self.recordings = cache, made
 
     def take_sums(self, reproducible: bool) -> None:
@@ -166,9 +166,8 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, (ColumnParallelLinear, FusedColumns, RowParallelLinear, VocabParallelEmbedding)):
                 module.reproducible = reproducible
-        laid = self.program or self.recordings
-        if laid is not None:
-            self.lay_out(laid[0], self._max_seq_len)
+        if self._laid is not None:
+            self.lay_out(*self._laid)
 
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Run the batch's tokens through all layers, writing the cache: the last hidden states, normed, [n, dim].
