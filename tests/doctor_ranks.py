@@ -23,7 +23,7 @@ from tests.spmd import PRELOAD, free_port, rank_env
 
 @dataclass(frozen=True)
 class Plant:
-    """What is odd about `rank`. `stop` and `kill`: at the step `at`; `clock`: `at` seconds ahead; `slow`: its product
+    """What is odd about `rank`. `stop` and `kill`: at the step `at`, when the ranks `after` have come; `clock`: `at` seconds ahead; `slow`: its product
     is larger; `version`: of torch; `deaf`: tells the others a port where nobody listens; `late`: when they have begun;
     `hang`: it computes for ten minutes, of which it gives itself 3 s.
     """
@@ -31,6 +31,7 @@ class Plant:
     kind: str
     rank: int
     at: Any = None
+    after: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def plant(what: Plant) -> None:
 
         def stricken(self: Roll, name: str, *rest: Any) -> None:
             if name == what.at:
+                while not self.is_told(*(f"here/{rank}" for rank in what.after)):
+                    time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGSTOP if what.kind == "stop" else signal.SIGKILL)
             step(self, name, *rest)
 

@@ -113,17 +113,26 @@ def test_rank_0_has_a_bound_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ["here", "compute"])
-def test_rank_0_is_stopped(tmp_path: Path, step: str) -> None:
+@pytest.mark.parametrize(("way", "after"), [("stop", ()), ("stop", (2,)), ("stop", (1, 2)), ("kill", (1, 2))], ids=str)
+def test_rank_0_goes_before_the_ranks_have_met(tmp_path: Path, way: str, after: tuple[int, ...]) -> None:
+    """And the store with it. One of the others says so, whichever of them have come that far."""
+    ran = run_doctor(3, HASTY, tmp_path, Plant(way, 0, "here", after))
+    assert ran.codes == {0: None if way == "stop" else -signal.SIGKILL, 1: 1, 2: 1}
+    assert ran.out[2] == ""
+    (finding,) = json.loads(ran.out[1])["findings"]
+    assert "no way to rank 0 at 127.0.0.1:" in finding["text"]
+    if way == "stop":
+        assert "it takes connections, but is stopped or is another program" in finding["text"]
+
+
+@pytest.mark.slow
+def test_rank_0_is_stopped(tmp_path: Path) -> None:
     """And the store with it. One of the others says so."""
-    ran = run_doctor(3, HASTY, tmp_path, Plant("stop", 0, step))
+    ran = run_doctor(3, HASTY, tmp_path, Plant("stop", 0, "compute"))
     assert ran.codes == {0: None, 1: 1, 2: 1}
     (told,) = [json.loads(ran.out[rank]) for rank in (1, 2) if ran.out.get(rank)]
     (finding,) = told["findings"]
-    if step == "here":  # before it has heard of them
-        assert "it takes connections, but is stopped or is another program" in finding["text"]
-    else:
-        assert finding["ranks"] == [0] and "is stopped" in finding["text"]
+    assert finding["ranks"] == [0] and "is stopped" in finding["text"]
 
 
 @pytest.mark.slow

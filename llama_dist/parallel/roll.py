@@ -112,10 +112,10 @@ class Roll:
         """Absent ranks that have come to the step since."""
         return [rank for rank, name in sorted(self.absent.items()) if self.is_told(f"{name}/{rank}")]
 
-    def speaks(self, otherwise: bool) -> bool:
-        """True on one rank, once: who says what all know. `otherwise` where the store does not answer."""
-        mine = str(self.rank)
-        return self._asker.ask(lambda store: bool(store.compare_set("speaker", "", mine) == mine.encode()), otherwise)
+    def speaks(self) -> bool | None:
+        """True on one rank, once: who says what all know. None where the store does not answer."""
+        mine, unknown = str(self.rank), None
+        return self._asker.ask(lambda store: bool(store.compare_set("speaker", "", mine) == mine.encode()), unknown)
 
     def end(self, code: int | None, seconds: float) -> int:
         """The exit code, which rank 0 tells, on every rank; rank 0 leaves last, since the store may go with it."""

@@ -31,6 +31,7 @@ from llama_dist.parallel.world import model_parallel_size, open_store, pick_devi
 STEP = 10.0  # seconds that rank 0 waits for the others at a step
 CONNECT, CLOCK = 4.0, 1.0  # seconds for connections to all ranks; for the time of one
 HANG = 8.0  # seconds for what one rank does with files, or any rank may come to a step after another
+STOPPED = "it takes connections, but is stopped or is another program"
 COMPILE = 12.0  # seconds for the kernels, where they are new
 MESSAGE = 6.0  # seconds one message may take
 PAIRS, REDUCTIONS = 8.0, 8.0  # seconds to time them
@@ -60,16 +61,24 @@ class Examination:
             store = open_store(launch, datetime.timedelta(seconds=seconds))
             return Roll(store, launch.rank, launch.size)
 
-        found = attempt(meet, seconds + SLACK, "it takes connections, but is stopped or is another program")
+        found = attempt(meet, seconds + SLACK, STOPPED)
         if "value" in found:
             self.roll: Roll = found["value"]
             return True
-        where = f"rank 0 at {launch.host}:{launch.port} (MASTER_ADDR and MASTER_PORT)"
-        text = f"no way to {where} in {seconds:g} s: {found['error']}; see whether it has started, and the firewalls"
-        self.facts.errors["store"] = {launch.rank: text}
-        if launch.local_rank == 0 or launch.rank == launch.local_rank == 1:  # of rank 0's own host another one
-            Output().write(report(self.facts, self.options))
+        if self.speaks_for_host():
+            self.report_no_way(found["error"])
         return False
+
+    def speaks_for_host(self) -> bool:
+        """True on one rank of each host, which is not rank 0, though they have not heard of each other."""
+        return self.launch.local_rank == 0 or self.launch.rank == self.launch.local_rank == 1
+
+    def report_no_way(self, why: str) -> None:
+        launch, seconds = self.launch, self.options.timeout
+        where = f"rank 0 at {launch.host}:{launch.port} (MASTER_ADDR and MASTER_PORT)"
+        text = f"no way to {where} in {seconds:g} s: {why}; see whether it has started, and the firewalls"
+        self.facts.errors["store"] = {launch.rank: text}
+        Output().write(report(self.facts, self.options))
 
     def share(
         self,
@@ -220,13 +229,19 @@ class Examination:
 
     def speak_for_rank_0(self) -> None:
         """One of the others reports that rank 0 does not answer; one of each host, where the store is silent too."""
-        who = self.facts.who
-        beside = [rank for rank in who if rank and who[rank].space == self.mine.space]
-        if not self.roll.speaks(otherwise=self.launch.rank == min(beside, default=self.launch.rank)):
+        who, speaks, met = self.facts.who, self.roll.speaks(), self.roll.at != "here"
+        if speaks is None and not met:  # as where the store never let them in
+            if self.speaks_for_host():
+                again = attempt(lambda: reach.await_port((self.launch.host, self.launch.port), CLOCK))
+                self.report_no_way(again.get("error", STOPPED))
+            return
+        if speaks is None:
+            speaks = self.launch.rank == min(r for r in who if r and who[r].space == self.mine.space)
+        if not speaks:
             return
         self.facts.states = self.states({0}.intersection(who))
         self.facts.absent[0] = self.roll.at
-        if self.roll.at == "here":
+        if not met:
             self.facts.who.update((rank, Identity(**value["value"])) for rank, value in self.roll.heard_of("here"))
         Output().write(report(self.facts, self.options))
 
