@@ -23,9 +23,9 @@ from tests.spmd import PRELOAD, free_port, rank_env
 
 @dataclass(frozen=True)
 class Plant:
-    """What is odd about `rank`. `stop` and `kill`: at the step `at`, when the ranks `after` have come; `clock`: `at` seconds ahead; `slow`: its product
-    is larger; `version`: of torch; `deaf`: tells the others a port where nobody listens; `late`: when they have begun;
-    `hang`: it computes for ten minutes, of which it gives itself 3 s.
+    """What is odd about `rank`. `stop` and `kill`: at the step `at`, when the ranks `after` have come; `clock`: `at`
+    seconds ahead; `slow`: its product is larger; `version`: of torch; `deaf`: tells the others a port where nobody
+    listens; `late`: when they have begun; `hang`: it computes for ten minutes, of which it gives itself 3 s.
     """
 
     kind: str
