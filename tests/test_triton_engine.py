@@ -26,9 +26,9 @@ def test_interpreted_in_any_world_and_any_batch(
     asked = [(ids[:11], {**params, "max_tokens": 3}) for ids, params in prompts(3, tiny.VOCAB)]
     rest = (str(checkpoint(case, "hf")), "cpu", dtype)
     env = {"TRITON_INTERPRET": "1"}
-    [(alone, mode)] = run_ranks(1, every_way, *rest, ["alone"], asked, quantization, env=env)
+    [(alone, mode)] = run_ranks(1, every_way, *rest, ["alone"], asked, quantization, env=env, timeout=300)
     assert "Triton kernels" in mode and len(alone["alone"]) == 3
-    for found, _ in run_ranks(3, every_way, *rest, ["in chunks"], asked, quantization, env=env):
+    for found, _ in run_ranks(3, every_way, *rest, ["in chunks"], asked, quantization, env=env, timeout=300):
         assert found["in chunks"] == alone["alone"]
 
 
@@ -36,7 +36,14 @@ def test_interpreted_in_any_world_and_any_batch(
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(
     ("case", "quantization"),
-    [("llama-9-3", None), ("llama-9-3", "int8"), ("llama-head-dim", "int4"), ("mistral-window", None), ("qwen3", None)],
+    [
+        ("llama-9-3", None),
+        ("llama-9-3", "int8"),
+        ("llama-head-dim", "int4"),
+        ("llama-tied", "fp8"),
+        ("mistral-window", None),
+        ("qwen3", None),
+    ],
 )
 def test_compiled_in_any_batch(checkpoint: Saver, case: str, dtype: str, quantization: str | None) -> None:
     asked, folder = prompts(12, tiny.VOCAB), str(checkpoint(case, "hf"))
