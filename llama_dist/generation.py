@@ -60,10 +60,10 @@ class Llama:
         """Join the ranks torchrun or srun started and load the checkpoint in `ckpt_dir`.
 
         `max_seq_len` in tokens, prompt and answer together; more prompts than `max_batch_size` wait their turn.
-        `model_parallel_size` None: all ranks hold one copy together. `quantization` "int8" or "int4" packs the weights
-        while they are loaded. `reproducible`: the same bits on any number of ranks, in any batch; None: see RunConfig.
-        Raises ConfigError or CheckpointError before any rank is met. As with Meta's build, ranks above 0 print nothing
-        to stdout from here on, so that a script's own `print` says things once.
+        `model_parallel_size` None: all ranks hold one copy together. `quantization` "int8", "int4" or "fp8" packs the
+        weights while they are loaded. `reproducible`: the same bits on any number of ranks, in any batch; None: see
+        RunConfig. Raises ConfigError or CheckpointError before any rank is met. As with Meta's build, ranks above 0
+        print nothing to stdout from here on, so that a script's own `print` says things once.
         """
         run = RunConfig(
             ckpt_dir=ckpt_dir,

@@ -32,7 +32,9 @@ def test_peak_memory_while_packing(quantization: str) -> None:
     assert peak <= held + 300e6, f"peak {peak / MIB:.0f} MiB for a shard of {held / MIB:.0f} MiB"
 
 
-@pytest.mark.parametrize(("world", "quantization"), [(1, None), (2, None), (5, None), (1, "int8"), (3, "int4")])
+@pytest.mark.parametrize(
+    ("world", "quantization"), [(1, None), (2, None), (5, None), (1, "int8"), (3, "int4"), (2, "fp8")]
+)
 @pytest.mark.parametrize("case", ["llama-9-3", "llama-attention-bias", "llama-mlp-bias", "qwen3", "llama-tied"])
 def test_a_rank_holds_what_the_planner_says(checkpoint: Saver, case: str, world: int, quantization: str | None) -> None:
     from llama_dist.checkpoint.open import open_checkpoint

@@ -236,14 +236,14 @@ def test_plan_prints_commands_that_this_program_understands(
     assert all(p["command"] in text for p in plans)
 
 
-@pytest.mark.parametrize(("quantization", "share"), [("int8", 33 / 64), ("int4", 18 / 64)])
+@pytest.mark.parametrize(("quantization", "share"), [("int8", 33 / 64), ("int4", 18 / 64), ("fp8", 32 / 64)])
 def test_plan_of_packed_weights(quantization: str, share: float) -> None:
     """Llama 3 70B: 80 layers of packed weights, a head of 8 or 6 bits and a table that stays as it was."""
     units = units_of(LLAMA_70B, 8, None)
     whole = rank_weight_bytes(LLAMA_70B, units, 8, 2)[0]
     found = rank_weight_bytes(LLAMA_70B, units, 8, 2, quantization)[0]
     table = 2 * 16032 * 8192
-    head = table * {"int8": 33 / 64, "int4": 25 / 64}[quantization]
+    head = table * {"int8": 33 / 64, "int4": 25 / 64, "fp8": 33 / 64}[quantization]
     assert found == pytest.approx(table + head + share * (whole - 2 * table), rel=0.005)
 
 

@@ -24,7 +24,7 @@ from tests.spmd import RankFailed, run_ranks
 CASE = "llama-gqa"
 LICENCE = Path(__file__).resolve().parent.parent / "LICENSE"
 PROMPTS = [[5, 250, 17], [42], [201, 13, 88, 5, 90], [9] * 20]
-NEAR = {"int8": 0.15, "int4": 2.8}
+NEAR = {"int8": 0.15, "int4": 2.8, "fp8": 0.8}
 """Of a logprob of the tiny model: measured, and half as much again."""
 
 
@@ -46,7 +46,7 @@ def furthest(found: list[list[float]], other: list[list[float]]) -> float:
 
 
 @pytest.mark.spmd
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", NEAR)
 @pytest.mark.parametrize("case", [CASE, "llama-tied", "llama-mlp-bias", "llama-9-3"])
 def test_near_the_answers_of_whole_weights(checkpoint: Saver, case: str, quantization: str) -> None:
     """On one rank and on several; tied and untied, with and without biases, units that are no whole groups."""
@@ -58,7 +58,7 @@ def test_near_the_answers_of_whole_weights(checkpoint: Saver, case: str, quantiz
 
 
 @pytest.mark.spmd
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", NEAR)
 def test_without_a_compiler(checkpoint: Saver, quantization: str) -> None:
     folder = str(checkpoint(CASE, "hf"))
     [kernel] = run_ranks(1, built, folder, quantization)
@@ -102,8 +102,8 @@ def test_a_broken_weight_is_named(checkpoint: Saver, tmp_path: Path) -> None:
 
 
 def test_other_names_are_refused() -> None:
-    with pytest.raises(ConfigError, match="--quantization is 'fp8', must be one of int8, int4"):
-        RunConfig("x", quantization="fp8")
+    with pytest.raises(ConfigError, match="--quantization is 'int5', must be one of int8, int4, fp8"):
+        RunConfig("x", quantization="int5")
 
 
 def perplexity(quantization: str | None) -> float:
@@ -120,7 +120,9 @@ def perplexity(quantization: str | None) -> float:
 @pytest.mark.spmd
 def test_perplexity_of_the_real_model() -> None:
     """Its file is quantised itself (Q4_1, the embedding otherwise): int4 costs its layers less than it would others."""
-    [whole], [int8], [int4] = (run_ranks(1, perplexity, packing, timeout=250) for packing in (None, "int8", "int4"))
+    kinds = (None, "int8", "int4", "fp8")
+    [whole], [int8], [int4], [fp8] = (run_ranks(1, perplexity, packing, timeout=250) for packing in kinds)
     assert 10 < whole < 25, "not the text that was meant"
     assert abs(int8 / whole - 1) < 0.005
     assert abs(int4 / whole - 1) < 0.03
+    assert abs(fp8 / whole - 1) < 0.02

@@ -15,16 +15,16 @@ from llama_dist.quant import pack as packing
 from llama_dist.quant import product
 from llama_dist.quant.pack import pack, pack_twin, unpack
 from llama_dist.quant.packed import Packed, empty, together
-from llama_dist.quant.scheme import GROUP, INT4, INT6, INT8, packed_bytes
+from llama_dist.quant.scheme import FP8, GROUP, INT4, INT6, INT8, packed_bytes
 from tests.kernel_cases import DTYPES, askew, need_kernels, same_bits, threads
 
 CPU = torch.device("cpu")
-SCHEMES = {"int8": INT8, "int6": INT6, "int4": INT4}
+SCHEMES = {"int8": INT8, "int6": INT6, "int4": INT4, "fp8": FP8}
 MOST = 4095  # a number of x, as the kernel rounds it
 SHAPES = ((48, 576, 1), (40, 72, 3), (17, 8, 9), (33, 192, 5), (1, 45, 1), (64, 64, 2))
 """Rows, columns of a unit, units."""
 # Errors of normally distributed weights, as a share of their root mean square: measured, and a tenth more.
-NEAR = {"int8": 0.0061, "int6": 0.0250, "int4": 0.0800}
+NEAR = {"int8": 0.0061, "int6": 0.0250, "int4": 0.0800, "fp8": 0.0290}
 
 
 def some(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -56,7 +56,7 @@ def test_near_the_weights(name: str) -> None:
     assert (
         held.nbytes
         == packed_bytes(SCHEMES[name], 64, 2048, 1)
-        < 64 * 2048 * {"int8": 1.04, "int6": 0.79, "int4": 0.57}[name]
+        < 64 * 2048 * {"int8": 1.04, "int6": 0.79, "int4": 0.57, "fp8": 1.002}[name]
     )
 
 
@@ -69,8 +69,11 @@ def test_no_weight_is_far(name: str, rows: int, unit: int, n_units: int) -> None
     pad = -unit % GROUP
     groups = torch.nn.functional.pad(w.view(rows, n_units, unit), (0, pad)).unflatten(2, (-1, GROUP))
     span = groups.clamp(min=0).amax(-1) - groups.clamp(max=0).amin(-1)
-    steps = {"int8": 1 / 127, "int6": 1 / 31, "int4": 1.1 / 15}[name]
-    step = (span * steps + span.amax(2, keepdim=True) / 127 / 255)[..., None].expand(groups.shape)
+    if name == "fp8":  # half a step between two numbers of three bits, or below the least with a leading one
+        step = torch.maximum(groups.abs() / 16, groups.abs().amax((2, 3), keepdim=True) / 448 / 1024) * (1 + 1e-6)
+    else:
+        steps = {"int8": 1 / 127, "int6": 1 / 31, "int4": 1.1 / 15}[name]
+        step = (span * steps + span.amax(2, keepdim=True) / 127 / 255)[..., None].expand(groups.shape)
     off = torch.nn.functional.pad((unpack(held) - w).view(rows, n_units, unit), (0, pad)).unflatten(2, (-1, GROUP))
     assert (off.abs() <= step + 1e-30).all()
     assert not unpack(packed(name, 0 * w, unit, n_units)).any()
@@ -112,8 +115,34 @@ def test_what_cannot_be_packed_is_found(name: str, bad: float) -> None:
     assert pack_twin(empty(SCHEMES[name], 50, 64, 1, CPU), w) == 32
 
 
-def rounded(x: torch.Tensor, unit: int) -> torch.Tensor:
+@pytest.mark.parametrize("way", ["C++", "torch"])
+def test_every_small_float_is_packed_as_itself(way: str) -> None:
+    """And read as what torch takes its bits for; numbers between two go to the nearer, from the middle to the even."""
+    need_kernels()
+    codes = torch.arange(128, dtype=torch.uint8)[:-1]  # the last is no number
+    numbers = codes.view(torch.float8_e4m3fn).double()
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    ties = numbers[torch.arange(126) // 2 * 2 + (torch.arange(126) % 2) * 2]  # each middle's even neighbour
+    asked = torch.cat((numbers, middles, middles * (1 - 2**-20), middles * (1 + 2**-20))).float()
+    wanted = torch.cat(
+        (numbers, torch.where(torch.arange(126) % 2 == 0, numbers[:-1], numbers[1:]), numbers[:-1], numbers[1:])
+    )
+    assert torch.equal(ties, wanted[127:253])
+    for sign in (1, -1):
+        row = torch.cat((asked * sign, torch.tensor([448.0])))[None]
+        into = empty(FP8, 1, row.shape[1], 1, CPU)
+        assert (pack if way == "C++" else pack_twin)(into, row) is None
+        assert into.factors[0, 0, 0] == 1
+        assert torch.equal(unpack(into)[0, :-1].double(), wanted * sign)
+        unit_matrix = torch.eye(row.shape[1])
+        for m in (1, 13):  # direct, and widened
+            assert torch.equal(product.linear(unit_matrix[:m], into)[:, 0].double(), wanted[:m] * sign)
+
+
+def rounded(x: torch.Tensor, unit: int, name: str) -> torch.Tensor:
     """What the kernel takes x for, in float64: whole numbers for each group of 32 numbers of a unit."""
+    if name == "fp8":
+        return x.double()
     m, n_units = len(x), x.shape[1] // unit
     groups = torch.nn.functional.pad(x.float().view(m, n_units, unit), (0, -unit % GROUP)).unflatten(2, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True)
@@ -129,8 +158,8 @@ def test_product_is_that_of_its_numbers(name: str, rows: int, unit: int, n_units
     need_kernels()
     held = packed(name, hard(rows, unit * n_units), unit, n_units)
     x, bias = some(70, unit * n_units, 1).to(dtype), some(1, rows, 2)[0].to(dtype)
-    exact = rounded(x, unit) @ unpack(held, torch.float64).T
-    size = rounded(x, unit).abs() @ unpack(held, torch.float64).abs().T
+    exact = rounded(x, unit, name) @ unpack(held, torch.float64).T
+    size = rounded(x, unit, name).abs() @ unpack(held, torch.float64).abs().T
     for m in (1, 2, 3, 5, 32, 70):
         sums = product.unit_sums(x[:m], held, 3)
         assert len(sums) == len(roots(3, n_units))
@@ -171,6 +200,7 @@ def test_a_row_keeps_its_bits(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_weights_that_lie_together(name: str) -> None:
+    need_kernels()
     widths, w = (24, 7, 16), [some(n, 72, n) for n in (24, 7, 16)]
     whole, views = together([empty(SCHEMES[name], n, 72, 1, CPU) for n in widths])
     for view, part in zip(views, w, strict=True):

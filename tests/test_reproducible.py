@@ -36,7 +36,7 @@ def test_any_world_and_any_batch(checkpoint: Saver, case: str, dtype: str) -> No
     assert expected is not None and len({row[0] for row in expected}) == N
 
 
-@pytest.mark.parametrize(("quantization", "dtype"), [("int8", "float32"), ("int4", "bfloat16")])
+@pytest.mark.parametrize(("quantization", "dtype"), [("int8", "float32"), ("int4", "bfloat16"), ("fp8", "float32")])
 def test_packed_weights(checkpoint: Saver, quantization: str, dtype: str) -> None:
     """Units of 8 and 19 columns: none of them is of whole groups."""
     folder = str(checkpoint("llama-gqa", "hf"))

@@ -13,11 +13,11 @@ from llama_dist.kernels.tree import total
 from llama_dist.quant import product
 from llama_dist.quant.pack import pack, unpack
 from llama_dist.quant.packed import Packed, empty
-from llama_dist.quant.scheme import INT4, INT6, INT8, Scheme
+from llama_dist.quant.scheme import FP8, INT4, INT6, INT8, Scheme
 from tests.kernel_cases import same_bits, totals_of_runs
 from tests.triton_cases import DEVICES, DTYPES, running_on
 
-SCHEMES = {"int8": INT8, "int6": INT6, "int4": INT4}
+SCHEMES = {"int8": INT8, "int6": INT6, "int4": INT4, "fp8": FP8}
 SHAPES = ((1, 1, 1, 1), (3, 40, 72, 1), (70, 17, 33, 3), (5, 33, 64, 2))
 """Rows of x and of W, columns of a unit, units."""
 

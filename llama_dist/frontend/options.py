@@ -29,7 +29,7 @@ SHARED_HELP: Mapping[str, str] = {
     "units": "pieces every parallel dimension is cut into; default: 8, or the ranks where more",
     "seed": "seed of the sampler; the same seed gives the same text on any number of ranks",
     "dtype": "type of weights and activations: auto, float32, bfloat16 or float16",
-    "quantization": "pack the weights while loading: int8 or int4; less memory, and faster answers on a CPU",
+    "quantization": "pack the weights while loading: int8, int4 or fp8; less memory, and faster answers on a CPU",
     "device": "auto, cpu or cuda",
     "chat_format": "chat format in place of the one found: see `inspect`",
     "timeout": "seconds a rank waits for the others before it gives up",

@@ -32,14 +32,14 @@ def describe(w: Packed) -> bytes:
     for t in w.parts:
         assert not t.numel() or (t.stride(2) == 1 and t.stride(1) == t.shape[2]), "the groups of a block in one piece"
     strides = (w.codes.stride(0) // w.codes.shape[2], w.factors.stride(0) // max(1, w.factors.shape[2]))
-    return PACKED.pack(w.scheme.bits, *(t.data_ptr() for t in w.parts), *strides, w.unit, w.n_units)
+    return PACKED.pack(w.scheme.kind, *(t.data_ptr() for t in w.parts), *strides, w.unit, w.n_units)
 
 
 def product(x: torch.Tensor, w: Packed, bias: torch.Tensor | None, y: torch.Tensor, first: int) -> torch.Tensor:
     """x [m, k] times w [n, k] transposed, plus bias [n] -> y [..., m, n], in x's dtype or float32.
 
     y's planes are the roots of the tree over w's units, number `first` and on; `first` WHOLE: one sum over all units,
-    one plane. Unless the scheme is exact, each group of 32 numbers of x is rounded to whole numbers up to 4095; the sum
+    one plane. Unless weights are floats, each group of 32 numbers of x is rounded to whole numbers up to 4095; the sum
     over a group is exact.
     """
     assert x.stride(1) == y.stride(-1) == 1 and (len(x), *w.shape) == (*y.shape[-2:], x.shape[1]), (x.shape, y.shape)

@@ -38,6 +38,7 @@ def _blocks(
     factors_stride: tl.tensor,
     HAS_BIAS: tl.constexpr,
     BITS: tl.constexpr,
+    FLOATS: tl.constexpr,
     TILE: tl.constexpr,
     WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -71,18 +72,26 @@ def _blocks(
             if BITS == 6:
                 more = tl.load(block_codes + ((group * STORED + 4 + step // 2) * BLOCK)[:, None], mask=held, other=0)
                 more = more >> (step % 2 * 4)[:, None]
-            if BITS == 4:
+            if FLOATS:
+                pass
+            elif BITS == 4:
                 of_group = block_scales + (group * 2 * BLOCK)[:, None]
                 zero = tl.load(of_group + BLOCK, mask=held, other=0).to(tl.float32) / 16.0
             else:
                 of_group = block_scales + (group * BLOCK)[:, None]
                 zero = tl.full((WORDS, BLOCK), 1 << (BITS - 1), tl.float32)
-            scale = tl.load(of_group, mask=held, other=0).to(tl.float32)
+            if not FLOATS:
+                scale = tl.load(of_group, mask=held, other=0).to(tl.float32)
             for part in tl.static_range(32 // LINES):
                 code = (word >> (8 * (part % 4) + 4 * (part // 4))) & (255 if BITS == 8 else 15)
                 if BITS == 6:
                     code |= ((more >> (8 * (part % 4) + 2 * (part // 4))) & 3) << 4
-                w = (((code.to(tl.float32) - zero) * scale) * factor).to(x.dtype.element_ty)
+                if FLOATS:  # its bits, moved to those of a float, are a 2^120th of it
+                    bits = ((code << 24) >> 4) & -0x78100000  # 0x87f00000
+                    steps = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+                else:
+                    steps = (code.to(tl.float32) - zero) * scale
+                w = (steps * factor).to(x.dtype.element_ty)
                 a = tl.load(x_row + (part * part_stride + at)[None, :], mask=is_row & inside[None, :], other=0.0)
                 total = tl.dot(a, w, total, input_precision="ieee")
     if HAS_BIAS:
@@ -103,7 +112,8 @@ def _parts(x: torch.Tensor, w: Packed) -> torch.Tensor:
 def _run(x: torch.Tensor, w: Packed, bias: torch.Tensor | None, y: torch.Tensor, n_units: int) -> torch.Tensor:
     """y [planes, M, N], packed, of x [M, K] and w [N, K]; a plane has so many units."""
     assert w.scheme.bits in WORDS and x.shape[1] == w.shape[1], (w.scheme, x.shape, w.shape)
-    assert all(t.stride(2) == 1 and t.stride(1) == t.shape[2] for t in w.parts), "the groups of a block in one piece"
+    laid = [t.stride(2) == 1 and t.stride(1) == t.shape[2] for t in w.parts if t.numel()]
+    assert all(laid), "the groups of a block in one piece"
     assert bias is None or bias.is_contiguous()
     planes, rows, columns = y.shape
     if y.numel():
@@ -126,6 +136,7 @@ def _run(x: torch.Tensor, w: Packed, bias: torch.Tensor | None, y: torch.Tensor,
             w.factors.stride(0),
             HAS_BIAS=bias is not None,
             BITS=w.scheme.bits,
+            FLOATS=w.scheme.floats,
             TILE=TILE,
             WORDS=WORDS[w.scheme.bits],
             BLOCK=BLOCK,

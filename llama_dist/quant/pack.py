@@ -56,7 +56,7 @@ def pack(into: Packed, w: torch.Tensor, first: int = 0) -> int | None:
         return pack_twin(blocks, w)
     parts = [t.data_ptr() for t in blocks.parts]
     sizes = (w.shape[1], len(w), w.shape[1], into.unit, into.n_units)
-    wrong = _compiled()(into.scheme.bits, w.data_ptr(), *sizes, *parts, torch.get_num_threads())
+    wrong = _compiled()(into.scheme.kind, w.data_ptr(), *sizes, *parts, torch.get_num_threads())
     return wrong - 1 if wrong else None
 
 
@@ -125,18 +125,28 @@ def pack_twin(into: Packed, w: torch.Tensor) -> int | None:
     """`pack` in torch's operations, w float32 from the first row on."""
     n_units, groups = into.n_units, groups_of(into.unit)
     g = _padded(into, w).view(-1, n_units, groups, GROUP)
-    codes, scales, factors = _fitted(g) if into.scheme == INT4 else _even(g, into.scheme.bits)
+    if into.scheme.floats:
+        codes, scales, factors = _floats(g)
+    else:
+        codes, scales, factors = _fitted(g) if into.scheme == INT4 else _even(g, into.scheme.bits)
     into.factors.copy_(factors.view(-1, BLOCK, n_units).transpose(1, 2))
     laid = [s.view(-1, BLOCK, n_units * groups).transpose(1, 2) for s in scales]
-    into.scales.copy_(torch.cat(laid, -1).to(torch.uint8))
+    into.scales.copy_(torch.cat(laid, -1).to(torch.uint8)) if laid else None
     into.codes.copy_(_lay_out(codes.flatten(1, 2), into.scheme.bits))
     sound = (w.abs() < LARGEST).all(1)
     return None if bool(sound.all()) else int(sound.logical_not().int().argmax()) // BLOCK * BLOCK
 
 
-def _factors(scale: torch.Tensor) -> torch.Tensor:
+def _factors(scale: torch.Tensor, most: int = 255) -> torch.Tensor:
     largest = scale.amax(-1)
-    return (largest * (1 / 255)).masked_fill(largest <= SMALLEST, 0)
+    return (largest * (1 / most)).masked_fill(largest <= SMALLEST, 0)
+
+
+def _floats(g: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor], torch.Tensor]:
+    """Codes and factors of groups [rows, units, groups, 32] as floats of 8 bits, of which the largest is 448."""
+    factor = _factors(g.abs().amax(-1), 448)
+    found = (g * _inverse(factor)[..., None, None]).clamp(-448, 448)  # of a NaN it is one
+    return found.to(torch.float8_e4m3fn).view(torch.uint8), (), factor
 
 
 def _even(g: torch.Tensor, bits: int) -> tuple[torch.Tensor, Sequence[torch.Tensor], torch.Tensor]:
@@ -195,13 +205,14 @@ def unpack(w: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     if w.scheme.exact:
         laid = w.numbers.transpose(1, 2).reshape(-1, n_units, groups * GROUP).to(dtype)
         return laid[..., : w.unit].reshape(-1, n_units * w.unit)[: w.rows]
-    scale = w.scales[..., :BLOCK].to(dtype)
-    zero = (
-        w.scales[..., BLOCK:].to(dtype) / 16 if w.scheme == INT4 else torch.full_like(scale, 2 ** (w.scheme.bits - 1))
-    )
-    codes = _codes(w).to(dtype) - zero[:, :, None, :, None]
+    if w.scheme.floats:
+        steps = _codes(w).view(torch.float8_e4m3fn).to(dtype)
+    else:
+        scale, ends = w.scales[..., :BLOCK].to(dtype), w.scales[..., BLOCK:].to(dtype)
+        zero = ends / 16 if w.scheme == INT4 else torch.full_like(scale, 2 ** (w.scheme.bits - 1))
+        steps = (_codes(w).to(dtype) - zero[:, :, None, :, None]) * scale[:, :, None, :, None]
     # [b, group, s, r, k] -> row 16 b + r, number 4 s + k of the group
-    of_row = (codes * scale[:, :, None, :, None]).permute(0, 3, 1, 2, 4).reshape(-1, n_units, groups * GROUP)
+    of_row = steps.permute(0, 3, 1, 2, 4).reshape(-1, n_units, groups * GROUP)
     factors = w.factors.to(dtype).transpose(1, 2).reshape(-1, n_units, 1)
     return (of_row[..., : w.unit] * factors).reshape(-1, n_units * w.unit)[: w.rows]
 

@@ -7,6 +7,10 @@ codes also a zero point of 8 bits, in sixteenths of a step; a row has a float32 
     6 bits: factor * scale * (code - 32), code 1 to 63       25 bytes
     4 bits: factor * scale * (code - zero / 16), code 0 to 15   18 bytes
 
+Or it is a float of 8 bits, a sign, four bits of exponent and three of mantissa (OCP 8-bit Floating Point, E4M3):
+
+    8 bits: factor * e4m3(code)                      32 bytes
+
 Weights of 16 or 32 bits are numbers as they are, bfloat16 or float32, laid out alike, without scales and factors.
 
 Groups do not straddle units: a unit is filled up with zeros to whole groups. So the numbers of a unit are the same on
@@ -24,11 +28,15 @@ BLOCK = 16  # rows that lie together, so that one load takes a part of each
 
 @dataclass(frozen=True)
 class Scheme:
-    """`bits` of a code; `scale_bytes` a group of one row; `factor_bytes` a unit of one row."""
+    """`bits` of a code, one of the `floats` or a whole number; `scale_bytes` a group of a row; `factor_bytes` a unit.
+
+    A unit here is that of one row.
+    """
 
     bits: int
     scale_bytes: int
     factor_bytes: int = 4
+    floats: bool = False
 
     @property
     def code_bytes(self) -> int:
@@ -40,9 +48,15 @@ class Scheme:
         """Whether weights stay the numbers they were."""
         return self.bits >= 16
 
+    @property
+    def kind(self) -> int:
+        """What C++ knows it by (kernels/src/team.h)."""
+        return -self.bits if self.floats and not self.exact else self.bits
+
 
 INT8, INT6, INT4 = Scheme(8, 1), Scheme(6, 1), Scheme(4, 2)
-BFLOAT16, FLOAT32 = Scheme(16, 0, 0), Scheme(32, 0, 0)
+FP8 = Scheme(8, 0, floats=True)
+BFLOAT16, FLOAT32 = Scheme(16, 0, 0, floats=True), Scheme(32, 0, 0, floats=True)
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,11 @@ class Quantization:
     output: Scheme
 
 
-QUANTIZATIONS: Mapping[str, Quantization] = {"int8": Quantization(INT8, INT8), "int4": Quantization(INT4, INT6)}
+QUANTIZATIONS: Mapping[str, Quantization] = {
+    "int8": Quantization(INT8, INT8),
+    "int4": Quantization(INT4, INT6),
+    "fp8": Quantization(FP8, INT8),
+}
 
 
 def n_blocks(rows: int) -> int:

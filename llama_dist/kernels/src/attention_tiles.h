@@ -93,20 +93,18 @@ INLINE void score(const float *q, long ldq, const T *const *keys, const T *const
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) s[i][p] = all(0.0f);
     for (int at = 0; at < dim; at += 2) {
-        Lanes first[P], second[P];
+        Lanes pairs[P][2];
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) {
-            two(keys[p] + at * WIDTH, first[p], second[p]);
+            take(keys[p] + at * WIDTH, pairs[p]);
             __builtin_prefetch(next[p] + at * WIDTH);
         }
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++)
 #pragma GCC unroll 8
-        for (int i = 0; i < M; i++)
+            for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
-            for (int p = 0; p < P; p++) s[i][p] = fma(all(q[i * ldq + at]), first[p], s[i][p]);
-#pragma GCC unroll 8
-        for (int i = 0; i < M; i++)
-#pragma GCC unroll 4
-            for (int p = 0; p < P; p++) s[i][p] = fma(all(q[i * ldq + at + 1]), second[p], s[i][p]);
+                for (int p = 0; p < P; p++) s[i][p] = fma(all(q[i * ldq + at + j]), pairs[p][j], s[i][p]);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++)

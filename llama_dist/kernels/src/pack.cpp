@@ -6,6 +6,7 @@
 
 #include "groups.h"
 #include "pairs.h"
+#include "team.h"
 
 namespace {
 
@@ -177,6 +178,42 @@ bool pack_unit(const From &from, int64_t start, int64_t unit, uint8_t *codes, ui
     return sound;
 }
 
+// The nearest e4m3 of numbers up to 448 in size, ties to even, as bytes.
+INLINE void put_floats(uint8_t *to, Lanes x) {
+    float numbers[WIDTH], eighths[WIDTH];
+    store(numbers, x);
+    // Below 2^-6 there is no leading one: these are multiples of 2^-9.
+    store(eighths, pick(x < all(0.0f), all(0.0f) - x, x) * all(512.0f) + all(WHOLE));
+    for (int r = 0; r < WIDTH; r++) {
+        uint32_t bits, small;
+        memcpy(&bits, numbers + r, 4);
+        memcpy(&small, eighths + r, 4);
+        const uint32_t size = bits & 0x7fffffff;
+        const uint32_t normal = ((size + 0x7ffff + (size >> 20 & 1)) >> 20) - (120 << 3);
+        to[r] = uint8_t((size < 0x3c800000 ? small & 15 : normal) | (bits >> 24 & 0x80));
+    }
+}
+
+// One unit of a block as floats, the largest of a row being 448. Returns whether its numbers are sound.
+bool pack_floats(const From &from, int64_t start, int64_t unit, uint8_t *codes, float *factors) {
+    const int64_t groups = (unit + GROUP - 1) / GROUP;
+    Lanes w[GROUP], largest = all(0.0f);
+    bool sound = true;
+    for (int64_t g = 0; g < groups; g++) {
+        sound &= read_group(from, start + g * GROUP, std::min<int64_t>(GROUP, unit - g * GROUP), w);
+        for (int i = 0; i < GROUP; i++) largest = more(largest, pick(w[i] < all(0.0f), all(0.0f) - w[i], w[i]));
+    }
+    const Lanes factor = pick(all(1e-30f) < largest, largest * all(1.0f / 448), all(0.0f)), by = inverse(factor);
+    store(factors, factor);
+    for (int64_t g = 0; g < groups; g++, codes += Format<8>::CODES) {
+        read_group(from, start + g * GROUP, std::min<int64_t>(GROUP, unit - g * GROUP), w);
+        uint8_t found[GROUP][WIDTH];
+        for (int i = 0; i < GROUP; i++) put_floats(found[i], w[i] * by);
+        put_codes<8>(codes, found);
+    }
+    return sound;
+}
+
 }  // namespace
 
 // w [rows, columns], rows ldw apart, into blocks of sixteen rows of n_units units; what is beyond w is zero. Returns 0, or
@@ -195,7 +232,8 @@ extern "C" int llama_dist_pack(int bits, const float *w, int64_t ldw, int64_t ro
                 uint8_t *c = codes + g * Format<BITS>::CODES, *s = scales + g * Format<BITS>::SCALES;
                 return pack_unit<BITS>(from, u * unit, unit, c, s, factors + i * WIDTH);
             };
-            const bool sound = bits == 8   ? pack(std::integral_constant<int, 8>{})
+            const bool sound = bits == team::E4M3 ? pack_floats(from, u * unit, unit, codes + g * Format<8>::CODES, factors + i * WIDTH)
+                               : bits == 8 ? pack(std::integral_constant<int, 8>{})
                                : bits == 6 ? pack(std::integral_constant<int, 6>{})
                                            : pack(std::integral_constant<int, 4>{});
             if (!sound) fault = std::min(fault, b * WIDTH);

@@ -1,41 +1,81 @@
-// Panels: sixteen rows side by side, two numbers of each at a time, as [row][2] of bf16 or [2][row] of floats. One load takes
-// a number or two of each row.
+// Panels: sixteen rows side by side, some numbers of each at a time, as [row][2] of bf16, [2][row] of floats, or [row][4] of
+// e4m3. One load takes a number, two or four of each row.
 #pragma once
 
 #include "rows.h"
 
 namespace {
 
-INLINE void two(const float *p, Lanes &first, Lanes &second) { first = load(p), second = load(p + WIDTH); }
+// A float of a sign, four bits of exponent and three of mantissa, without infinities (OCP 8-bit Floating Point, E4M3).
+struct e4m3 {
+    uint8_t bits;
+};
+
+template <class T>
+constexpr int AT_ONCE = sizeof(T) == 1 ? 4 : 2;  // numbers of a row that lie together
+
+// The bits of an e4m3 at the top of a word, moved to those of a float: a 2^120th of it, also where it has no leading one.
+constexpr int E4M3_BITS = int(0x87f00000);
+constexpr float E4M3_UNIT = 0x1p120f;
+
+// The next AT_ONCE numbers of each row.
+INLINE void take(const float *p, Lanes *to) { to[0] = load(p), to[1] = load(p + WIDTH); }
 #if LANES == 2
-INLINE void two(const bf16 *p, Lanes &first, Lanes &second) {
+INLINE void take(const bf16 *p, Lanes *to) {
     const __m512i words = _mm512_loadu_si512(p);
-    first = {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))};
-    second = {_mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000))))};
+    to[0] = {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))};
+    to[1] = {_mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000))))};
+}
+INLINE Lanes top_e4m3(__m512i words) {
+    const __m512i bits = _mm512_and_si512(_mm512_srai_epi32(words, 4), _mm512_set1_epi32(E4M3_BITS));
+    return {_mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(E4M3_UNIT))};
+}
+INLINE void take(const e4m3 *p, Lanes *to) {
+    const __m512i words = _mm512_loadu_si512(p);
+    to[0] = top_e4m3(_mm512_slli_epi32(words, 24)), to[1] = top_e4m3(_mm512_slli_epi32(words, 16));
+    to[2] = top_e4m3(_mm512_slli_epi32(words, 8)), to[3] = top_e4m3(words);
 }
 #elif LANES == 1
-INLINE void two(const bf16 *p, Lanes &first, Lanes &second) {
+INLINE void take(const bf16 *p, Lanes *to) {
     const __m256i a = _mm256_loadu_si256((const __m256i *)p), b = _mm256_loadu_si256((const __m256i *)(p + WIDTH));
     const __m256i high = _mm256_set1_epi32(int(0xffff0000));
-    first = {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
-    second = {_mm256_castsi256_ps(_mm256_and_si256(a, high)), _mm256_castsi256_ps(_mm256_and_si256(b, high))};
+    to[0] = {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
+    to[1] = {_mm256_castsi256_ps(_mm256_and_si256(a, high)), _mm256_castsi256_ps(_mm256_and_si256(b, high))};
+}
+INLINE __m256 top_e4m3(__m256i words) {
+    const __m256i bits = _mm256_and_si256(_mm256_srai_epi32(words, 4), _mm256_set1_epi32(E4M3_BITS));
+    return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(E4M3_UNIT));
+}
+INLINE void take(const e4m3 *p, Lanes *to) {
+    const __m256i a = _mm256_loadu_si256((const __m256i *)p), b = _mm256_loadu_si256((const __m256i *)(p + 2 * WIDTH));
+    to[0] = {top_e4m3(_mm256_slli_epi32(a, 24)), top_e4m3(_mm256_slli_epi32(b, 24))};
+    to[1] = {top_e4m3(_mm256_slli_epi32(a, 16)), top_e4m3(_mm256_slli_epi32(b, 16))};
+    to[2] = {top_e4m3(_mm256_slli_epi32(a, 8)), top_e4m3(_mm256_slli_epi32(b, 8))};
+    to[3] = {top_e4m3(a), top_e4m3(b)};
 }
 #else
-INLINE void two(const bf16 *p, Lanes &first, Lanes &second) {
+INLINE void take(const bf16 *p, Lanes *to) {
     const Words a = read<Words>(p), b = read<Words>(p + 8), c = read<Words>(p + 16), d = read<Words>(p + 24);
-    first = {(Four)(a << 16), (Four)(b << 16), (Four)(c << 16), (Four)(d << 16)};
-    second = {(Four)(a & 0xffff0000u), (Four)(b & 0xffff0000u), (Four)(c & 0xffff0000u), (Four)(d & 0xffff0000u)};
+    to[0] = {(Four)(a << 16), (Four)(b << 16), (Four)(c << 16), (Four)(d << 16)};
+    to[1] = {(Four)(a & 0xffff0000u), (Four)(b & 0xffff0000u), (Four)(c & 0xffff0000u), (Four)(d & 0xffff0000u)};
+}
+INLINE Four top_e4m3(Words words) { return (Four)(((Signs)words >> 4) & E4M3_BITS) * E4M3_UNIT; }
+INLINE void take(const e4m3 *p, Lanes *to) {
+    const Words a = read<Words>(p), b = read<Words>(p + 16), c = read<Words>(p + 32), d = read<Words>(p + 48);
+    for (int i = 0; i < 4; i++) {
+        const unsigned up = 24 - 8 * i;
+        to[i] = {top_e4m3(a << up), top_e4m3(b << up), top_e4m3(c << up), top_e4m3(d << up)};
+    }
 }
 #endif
 
-// k numbers (an even number) of a panel as floats [k][16]
+// k numbers (whole loads of them) of a panel as floats [k][16]
 template <class T>
 INLINE void widen_panel(const T *w, long k, float *to) {
-    for (long at = 0; at < k; at += 2, w += 2 * WIDTH) {
-        Lanes first, second;
-        two(w, first, second);
-        store(to + at * WIDTH, first);
-        store(to + (at + 1) * WIDTH, second);
+    for (long at = 0; at < k; at += AT_ONCE<T>, w += AT_ONCE<T> * WIDTH) {
+        Lanes numbers[AT_ONCE<T>];
+        take(w, numbers);
+        for (int i = 0; i < AT_ONCE<T>; i++) store(to + (at + i) * WIDTH, numbers[i]);
     }
 }
 

@@ -1,10 +1,11 @@
-// y = x W^T for weights that are not rounded, in panels: sixteen rows of W side by side, so that one load takes a number or
-// two of each row, and each row's sum has a lane of its own.
+// y = x W^T for weights that are floats, in panels: sixteen rows of W side by side, so that one load takes some numbers of each
+// row, and each row's sum has a lane of its own. Floats of eight bits, e4m3, have a factor for each unit of a row.
 //
 // A lane's sum runs along K, K_BLOCK numbers at a time; these sums are added up in their order, then by unit in the tree of
 // linear.cpp. So the bits of an entry of y are a function of its row of x and its row of W, on any number of threads, in any
 // batch, and the same on all processors that can multiply and add in one.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "pairs.h"
@@ -75,6 +76,10 @@ struct Roots {
         }
         level[size] = l, index[size++] = unit;
     }
+    void add() {  // no tree: a unit's sums to those of the units before
+        for (int64_t i = 0; size && i < each; i++) plane(0)[i] = plane(0)[i] + plane(1)[i];
+        size = 1;
+    }
 };
 
 // What is called into the cache while numbers are multiplied: from `at` on, `step` bytes further with every number.
@@ -95,18 +100,19 @@ INLINE void direct(const T *w, int64_t panel, const float *x, int64_t ldx, int64
     Lanes s[M][P];
     for (int i = 0; i < M; i++)
         for (int p = 0; p < P; p++) s[i][p] = all(0.0f);
-    for (int64_t at = 0; at < k; at += 2, x += 2, w += 2 * WIDTH) {
+    constexpr int N = AT_ONCE<T>;
+    for (int64_t at = 0; at < k; at += N, x += N, w += N * WIDTH) {
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) {
-            Lanes first, second;
-            two(w + p * panel, first, second);
+            Lanes numbers[N];
+            take(w + p * panel, numbers);
             __builtin_prefetch(ahead.at + p * panel * int64_t(sizeof(T)));
+#pragma GCC unroll 4
+            for (int j = 0; j < N; j++)
 #pragma GCC unroll 6
-            for (int i = 0; i < M; i++) s[i][p] = fma(first, all(x[i * ldx]), s[i][p]);
-#pragma GCC unroll 6
-            for (int i = 0; i < M; i++) s[i][p] = fma(second, all(x[i * ldx + 1]), s[i][p]);
+                for (int i = 0; i < M; i++) s[i][p] = fma(numbers[j], all(x[i * ldx + j]), s[i][p]);
         }
-        ahead.at += 2 * ahead.step;
+        ahead.at += N * ahead.step;
     }
     for (int i = 0; i < M; i++)
         for (int p = 0; p < P; p++) sums[p * stride + i] = sums[p * stride + i] + s[i][p];
@@ -127,7 +133,7 @@ template <int M> INLINE void widened(const float *w, const float *x, int64_t ldx
 }
 
 INLINE const float *widen(const float *w, int64_t, float *) { return w; }
-INLINE const float *widen(const bf16 *w, int64_t k, float *room) {
+template <class T> INLINE const float *widen(const T *w, int64_t k, float *room) {
     widen_panel(w, k, room);
     return room;
 }
@@ -155,10 +161,12 @@ template <class T> INLINE void put(const Job &job, int64_t plane, int64_t m, int
     job.y_f32 ? store((float *)job.y + at, v, left) : store((T *)job.y + at, v, left);
 }
 
-// The rows of `x` by P panels from panel n on. Several panels at once are for up to three rows.
-template <class T, int P> void stripe(const Job &job, const Wide &x, int64_t n, Roots &roots) {
+// The rows of `x` by P panels of W from panel n on. Several panels at once are for up to three rows.
+template <class T, class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, Roots &roots) {
+    constexpr bool FACTORS = std::is_same_v<W, e4m3>;
+    const bool whole = job.first < 0;
     const int64_t unit = job.unit_floats(), ldx = job.floats(), panel = job.w.block_groups * GROUP * WIDTH;
-    const T *w = (const T *)job.w.codes + n * panel;
+    const W *w = (const W *)job.w.codes + n * panel;
     const float *numbers = x.numbers.data();
     alignas(64) float room[K_BLOCK * WIDTH];
     roots.start(P * x.rows);
@@ -176,26 +184,30 @@ template <class T, int P> void stripe(const Job &job, const Wide &x, int64_t n, 
                 by_tiles(x.rows, P == 1 ? FEW_TILE : TILE / P, [&](auto with, int64_t row, int64_t t, int64_t tiles) {
                     constexpr int M = decltype(with)::value;
                     const Ahead ahead =
-                        tiles > 1 ? share_of(w + k * WIDTH, k, t, tiles) : Ahead{(const char *)w + AHEAD, WIDTH * sizeof(T)};
+                        tiles > 1 ? share_of(w + k * WIDTH, k, t, tiles) : Ahead{(const char *)w + AHEAD, WIDTH * sizeof(W)};
                     if constexpr (M * P <= TILE)
-                        direct<T, M, P>(w, panel, numbers + row * ldx, ldx, k, ahead, sums + row, x.rows);
+                        direct<W, M, P>(w, panel, numbers + row * ldx, ldx, k, ahead, sums + row, x.rows);
                 });
             }
             w += k * WIDTH;
             numbers += k;
         }
-        if (job.first < 0) continue;
-        roots.push(job.first + u);
+        for (int p = 0; FACTORS && p < P; p++) {
+            const Lanes factor = load(job.w.factors + ((n + p) * job.w.block_units + u) * WIDTH);
+            for (int64_t i = p * x.rows; i < (p + 1) * x.rows; i++) sums[i] = sums[i] * factor;
+        }
+        if (whole && !FACTORS) continue;
+        whole ? roots.add() : roots.push(job.first + u);
         if (u + 1 < job.w.n_units) sums = roots.next();
     }
-    for (int plane = 0; plane < (job.first < 0 ? 1 : roots.size); plane++)
+    for (int plane = 0; plane < (whole ? 1 : roots.size); plane++)
         for (int p = 0; p < P; p++)
             for (int64_t i = 0; i < x.rows; i++)
                 put<T>(job, plane, x.m + i, (n + p) * WIDTH, roots.plane(plane)[p * x.rows + i]);
 }
 
 // Called by every thread of a team. Each takes its share of the panels, and widens the rows of x for itself.
-template <class T> void run(const Job &job, int threads) {
+template <class T, class W> void run(const Job &job, int threads) {
     const int64_t panels = (job.n + WIDTH - 1) / WIDTH, blocks = (job.m + M_BLOCK - 1) / M_BLOCK, all = blocks * panels;
     static thread_local Wide x;
     static thread_local Roots roots;
@@ -209,11 +221,11 @@ template <class T> void run(const Job &job, int threads) {
             }
             const int64_t n = at % panels, left = std::min(end - at, panels - n);
             if (x.rows == 1 && left >= 4) {
-                stripe<T, 4>(job, x, n, roots), at += 4;
+                stripe<T, W, 4>(job, x, n, roots), at += 4;
             } else if (x.rows <= 3 && left >= 2) {
-                stripe<T, 2>(job, x, n, roots), at += 2;
+                stripe<T, W, 2>(job, x, n, roots), at += 2;
             } else {
-                stripe<T, 1>(job, x, n, roots), at += 1;
+                stripe<T, W, 1>(job, x, n, roots), at += 1;
             }
         }
     }
@@ -247,7 +259,8 @@ void lay_out(const T *w, int64_t ldw, int64_t rows, int64_t columns, int64_t uni
 void team::panels(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void *bias, void *y, int64_t ldy,
                   int64_t plane, int y_f32, int64_t m, int64_t n, int64_t first, int threads) {
     const Job job{x, ldx, w, bias, y, ldy, plane, y_f32 != 0, m, n, first};
-    is_bf16 ? run<bf16>(job, threads) : run<float>(job, threads);
+    if (w.bits == E4M3) return is_bf16 ? run<bf16, e4m3>(job, threads) : run<float, e4m3>(job, threads);
+    is_bf16 ? run<bf16, bf16>(job, threads) : run<float, float>(job, threads);
 }
 
 // w [rows, columns] of bf16 or floats, rows ldw apart, into panels of n_units units; what is beyond w is zero.

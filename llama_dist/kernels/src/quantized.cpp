@@ -174,7 +174,7 @@ template <class T, int BITS> void run(const Job &job, int threads) {
 
 void team::quantized(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void *bias, void *y, int64_t ldy,
                      int64_t plane, int y_f32, int64_t m, int64_t n, int64_t first, int threads) {
-    if (w.bits >= 16) return panels(is_bf16, x, ldx, w, bias, y, ldy, plane, y_f32, m, n, first, threads);
+    if (w.bits >= 16 || w.bits == E4M3) return panels(is_bf16, x, ldx, w, bias, y, ldy, plane, y_f32, m, n, first, threads);
     const Job job{x, ldx, w, bias, y, ldy, plane, y_f32 != 0, m, n, first};
     if (w.bits == 8) is_bf16 ? run<bf16, 8>(job, threads) : run<float, 8>(job, threads);
     if (w.bits == 6) is_bf16 ? run<bf16, 6>(job, threads) : run<float, 6>(job, threads);

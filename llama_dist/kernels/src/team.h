@@ -10,6 +10,8 @@ void linear(int is_bf16, const void *x, int64_t ldx, const void *w, int64_t ldw,
             int64_t plane, int y_f32, int64_t m, int64_t n, int64_t k, int64_t unit, int64_t first, int threads);
 
 // Packed weights, as groups.h says; from one block of sixteen rows to the next are block_groups groups, block_units factors.
+// Eight bits may also be E4M3, floats.
+constexpr int64_t E4M3 = -8;
 struct Packed {
     int64_t bits;
     const uint8_t *codes, *scales;
@@ -20,7 +22,7 @@ struct Packed {
 void quantized(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void *bias, void *y, int64_t ldy, int64_t plane,
                int y_f32, int64_t m, int64_t n, int64_t first, int threads);
 
-// The same of weights that are not rounded, as panels.cpp says: bits 16 or 32, those of x; no scales and factors.
+// The same of weights that are floats, as panels.cpp says: bits 16 or 32, those of x, without scales and factors, or E4M3.
 void panels(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void *bias, void *y, int64_t ldy, int64_t plane,
             int y_f32, int64_t m, int64_t n, int64_t first, int threads);
 
