@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,17 @@ def _run(command: list[str]) -> None:
 
 def compile_to(target: Path, cxx: str, sources: list[Path], *flags: str) -> None:
     """Compile the .cpp files among `sources` with FLAGS and `flags` into one library, put at `target` when complete."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        objects = []
-        for source in sources:
-            if source.suffix == ".cpp":
-                objects.append(f"{scratch}/{source.stem}.o")
-                _run([cxx, *FLAGS, *flags, "-c", str(source), "-o", objects[-1]])
+    at_once = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch, ThreadPoolExecutor(at_once) as pool:
+
+        def compile_one(source: Path) -> str:
+            made = f"{scratch}/{source.stem}.o"
+            _run([cxx, *FLAGS, *flags, "-c", str(source), "-o", made])
+            return made
+
+        # The largest first, since they take longest.
+        parts = sorted((s for s in sources if s.suffix == ".cpp"), key=lambda s: s.stat().st_size, reverse=True)
+        objects = list(pool.map(compile_one, parts))
         made = f"{scratch}/{target.name}"
         # Linked without -fopenmp: with it the library would ask for a libgomp, maybe another one than torch's.
         _run([cxx, "-shared", *objects, "-o", made])

@@ -18,12 +18,14 @@ constexpr int64_t K_BLOCK = 256;  // numbers of a panel that stay in the first c
 constexpr int64_t M_BLOCK = 256;  // rows of x whose K_BLOCK numbers stay in the second cache
 constexpr int TILE = 6;           // rows of x whose sums are in registers
 constexpr int FEW_TILE = 4;       // the same where the weights that are taken apart need registers too
-constexpr int64_t FEW = 12;       // rows; for more of them a panel is widened first
+template <class W>
+constexpr int64_t FEW = sizeof(W) == 1 ? 8 : 12;  // rows; for more of them a panel is widened first
 constexpr int AHEAD = 256;        // bytes of weights called into the cache before they are read
 constexpr int MOST_ROOTS = 64;
 
 // What one call computes, the same for all its threads.
 struct Job {
+    bool is_bf16;  // x, and bias
     const void *x;
     int64_t ldx;
     team::Packed w;
@@ -32,6 +34,10 @@ struct Job {
     int64_t ldy, plane;
     bool y_f32;
     int64_t m, n, first;  // first < 0: one sum over all units
+
+    Lanes numbers(const void *p, int64_t at, int64_t left) const {
+        return is_bf16 ? load((const bf16 *)p + at, left) : load((const float *)p + at, left);
+    }
     int64_t unit_floats() const { return (w.unit + GROUP - 1) / GROUP * GROUP; }
     int64_t floats() const { return w.n_units * unit_floats(); }
 };
@@ -41,16 +47,16 @@ struct Wide {
     std::vector<float> numbers;
     int64_t m = -1, rows = 0;
 
-    template <class T> void take(const Job &job, int64_t from, int64_t to) {
+    void take(const Job &job, int64_t from, int64_t to) {
         const int64_t each = job.unit_floats(), needed = (to - from) * job.floats();
         if (int64_t(numbers.size()) < needed) numbers.resize(needed);
         m = from, rows = to - from;
         float *out = numbers.data();
         for (int64_t i = from; i < to; i++)
             for (int64_t u = 0; u < job.w.n_units; u++, out += each) {
-                const T *x = (const T *)job.x + i * job.ldx + u * job.w.unit;
+                const int64_t x = i * job.ldx + u * job.w.unit;
                 for (int64_t at = 0; at < each; at += WIDTH)
-                    store(out + at, at < job.w.unit ? load(x + at, job.w.unit - at) : all(0.0f));
+                    store(out + at, at < job.w.unit ? job.numbers(job.x, x + at, job.w.unit - at) : all(0.0f));
             }
     }
 };
@@ -155,14 +161,14 @@ template <class Call> INLINE void by_tiles(int64_t rows, int64_t most, Call call
     }
 }
 
-template <class T> INLINE void put(const Job &job, int64_t plane, int64_t m, int64_t n, Lanes v) {
+INLINE void put(const Job &job, int64_t plane, int64_t m, int64_t n, Lanes v) {
     const int64_t left = job.n - n, at = plane * job.plane + m * job.ldy + n;
-    if (job.bias) v = v + load((const T *)job.bias + n, left);
-    job.y_f32 ? store((float *)job.y + at, v, left) : store((T *)job.y + at, v, left);
+    if (job.bias) v = v + job.numbers(job.bias, n, left);
+    job.y_f32 || !job.is_bf16 ? store((float *)job.y + at, v, left) : store((bf16 *)job.y + at, v, left);
 }
 
 // The rows of `x` by P panels of W from panel n on. Several panels at once are for up to three rows.
-template <class T, class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, Roots &roots) {
+template <class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, Roots &roots) {
     constexpr bool FACTORS = std::is_same_v<W, e4m3>;
     const bool whole = job.first < 0;
     const int64_t unit = job.unit_floats(), ldx = job.floats(), panel = job.w.block_groups * GROUP * WIDTH;
@@ -174,18 +180,19 @@ template <class T, class W, int P> void stripe(const Job &job, const Wide &x, in
     for (int64_t u = 0; u < job.w.n_units; u++) {
         for (int64_t at = 0; at < unit; at += K_BLOCK) {
             const int64_t k = std::min(K_BLOCK, unit - at);
-            if (x.rows > FEW) {
+            if (x.rows > FEW<W>) {
                 const float *wide = widen(w, k, room);
                 by_tiles(x.rows, TILE, [&](auto with, int64_t row, int64_t t, int64_t tiles) {
                     const Ahead ahead = share_of(w + k * WIDTH, k, t, tiles);
                     widened<decltype(with)::value>(wide, numbers + row * ldx, ldx, k, ahead, sums + row);
                 });
             } else {
-                by_tiles(x.rows, P == 1 ? FEW_TILE : TILE / P, [&](auto with, int64_t row, int64_t t, int64_t tiles) {
+                constexpr int MOST = P == 1 ? FEW_TILE : TILE / P;
+                by_tiles(x.rows, MOST, [&](auto with, int64_t row, int64_t t, int64_t tiles) {
                     constexpr int M = decltype(with)::value;
                     const Ahead ahead =
                         tiles > 1 ? share_of(w + k * WIDTH, k, t, tiles) : Ahead{(const char *)w + AHEAD, WIDTH * sizeof(W)};
-                    if constexpr (M * P <= TILE)
+                    if constexpr (M <= MOST)
                         direct<W, M, P>(w, panel, numbers + row * ldx, ldx, k, ahead, sums + row, x.rows);
                 });
             }
@@ -203,11 +210,11 @@ template <class T, class W, int P> void stripe(const Job &job, const Wide &x, in
     for (int plane = 0; plane < (whole ? 1 : roots.size); plane++)
         for (int p = 0; p < P; p++)
             for (int64_t i = 0; i < x.rows; i++)
-                put<T>(job, plane, x.m + i, (n + p) * WIDTH, roots.plane(plane)[p * x.rows + i]);
+                put(job, plane, x.m + i, (n + p) * WIDTH, roots.plane(plane)[p * x.rows + i]);
 }
 
 // Called by every thread of a team. Each takes its share of the panels, and widens the rows of x for itself.
-template <class T, class W> void run(const Job &job, int threads) {
+template <class W> void run(const Job &job, int threads) {
     const int64_t panels = (job.n + WIDTH - 1) / WIDTH, blocks = (job.m + M_BLOCK - 1) / M_BLOCK, all = blocks * panels;
     static thread_local Wide x;
     static thread_local Roots roots;
@@ -217,15 +224,15 @@ template <class T, class W> void run(const Job &job, int threads) {
         for (int64_t at = all * t / threads, block = -1; at < end;) {
             if (at / panels != block) {
                 block = at / panels;
-                x.take<T>(job, job.m * block / blocks, job.m * (block + 1) / blocks);
+                x.take(job, job.m * block / blocks, job.m * (block + 1) / blocks);
             }
             const int64_t n = at % panels, left = std::min(end - at, panels - n);
             if (x.rows == 1 && left >= 4) {
-                stripe<T, W, 4>(job, x, n, roots), at += 4;
+                stripe<W, 4>(job, x, n, roots), at += 4;
             } else if (x.rows <= 3 && left >= 2) {
-                stripe<T, W, 2>(job, x, n, roots), at += 2;
+                stripe<W, 2>(job, x, n, roots), at += 2;
             } else {
-                stripe<T, W, 1>(job, x, n, roots), at += 1;
+                stripe<W, 1>(job, x, n, roots), at += 1;
             }
         }
     }
@@ -258,9 +265,9 @@ void lay_out(const T *w, int64_t ldw, int64_t rows, int64_t columns, int64_t uni
 
 void team::panels(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void *bias, void *y, int64_t ldy,
                   int64_t plane, int y_f32, int64_t m, int64_t n, int64_t first, int threads) {
-    const Job job{x, ldx, w, bias, y, ldy, plane, y_f32 != 0, m, n, first};
-    if (w.bits == E4M3) return is_bf16 ? run<bf16, e4m3>(job, threads) : run<float, e4m3>(job, threads);
-    is_bf16 ? run<bf16, bf16>(job, threads) : run<float, float>(job, threads);
+    const Job job{is_bf16 != 0, x, ldx, w, bias, y, ldy, plane, y_f32 != 0, m, n, first};
+    if (w.bits == E4M3) return run<e4m3>(job, threads);
+    is_bf16 ? run<bf16>(job, threads) : run<float>(job, threads);
 }
 
 // w [rows, columns] of bf16 or floats, rows ldw apart, into panels of n_units units; what is beyond w is zero.
