@@ -167,8 +167,8 @@ INLINE void put(const Job &job, int64_t plane, int64_t m, int64_t n, Lanes v) {
     job.y_f32 || !job.is_bf16 ? store((float *)job.y + at, v, left) : store((bf16 *)job.y + at, v, left);
 }
 
-// The rows of `x` by P panels of W from panel n on. Several panels at once are for up to three rows.
-template <class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, Roots &roots) {
+// The rows of `x` by P panels of W: panel n, n + apart ... Several panels at once are for up to three rows.
+template <class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, int64_t apart, Roots &roots) {
     constexpr bool FACTORS = std::is_same_v<W, e4m3>;
     const bool whole = job.first < 0;
     const int64_t unit = job.unit_floats(), ldx = job.floats(), panel = job.w.block_groups * GROUP * WIDTH;
@@ -193,14 +193,14 @@ template <class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, 
                     const Ahead ahead =
                         tiles > 1 ? share_of(w + k * WIDTH, k, t, tiles) : Ahead{(const char *)w + AHEAD, WIDTH * sizeof(W)};
                     if constexpr (M <= MOST)
-                        direct<W, M, P>(w, panel, numbers + row * ldx, ldx, k, ahead, sums + row, x.rows);
+                        direct<W, M, P>(w, apart * panel, numbers + row * ldx, ldx, k, ahead, sums + row, x.rows);
                 });
             }
             w += k * WIDTH;
             numbers += k;
         }
         for (int p = 0; FACTORS && p < P; p++) {
-            const Lanes factor = load(job.w.factors + ((n + p) * job.w.block_units + u) * WIDTH);
+            const Lanes factor = load(job.w.factors + ((n + p * apart) * job.w.block_units + u) * WIDTH);
             for (int64_t i = p * x.rows; i < (p + 1) * x.rows; i++) sums[i] = sums[i] * factor;
         }
         if (whole && !FACTORS) continue;
@@ -210,7 +210,21 @@ template <class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, 
     for (int plane = 0; plane < (whole ? 1 : roots.size); plane++)
         for (int p = 0; p < P; p++)
             for (int64_t i = 0; i < x.rows; i++)
-                put(job, plane, x.m + i, (n + p) * WIDTH, roots.plane(plane)[p * x.rows + i]);
+                put(job, plane, x.m + i, (n + p * apart) * WIDTH, roots.plane(plane)[p * x.rows + i]);
+}
+
+// The rows of `x` by `count` panels from panel n on. Several at once are not neighbours: each goes through a run of its own,
+// so that what is called into the cache at a panel's end is what is read next.
+template <class W> void panels_from(const Job &job, const Wide &x, int64_t n, int64_t count, Roots &roots) {
+    auto runs = [&](auto with) {
+        constexpr int P = decltype(with)::value;
+        const int64_t apart = count / P;
+        for (int64_t i = 0; i < apart; i++) stripe<W, P>(job, x, n + i, apart, roots);
+        n += apart * P, count -= apart * P;
+    };
+    if (x.rows == 1) runs(std::integral_constant<int, 4>{});
+    if (x.rows <= 3) runs(std::integral_constant<int, 2>{});
+    runs(std::integral_constant<int, 1>{});
 }
 
 // Called by every thread of a team. Each takes its share of the panels, and widens the rows of x for itself.
@@ -226,14 +240,9 @@ template <class W> void run(const Job &job, int threads) {
                 block = at / panels;
                 x.take(job, job.m * block / blocks, job.m * (block + 1) / blocks);
             }
-            const int64_t n = at % panels, left = std::min(end - at, panels - n);
-            if (x.rows == 1 && left >= 4) {
-                stripe<W, 4>(job, x, n, roots), at += 4;
-            } else if (x.rows <= 3 && left >= 2) {
-                stripe<W, 2>(job, x, n, roots), at += 2;
-            } else {
-                stripe<W, 1>(job, x, n, roots), at += 1;
-            }
+            const int64_t n = at % panels, count = std::min(end - at, panels - n);
+            panels_from<W>(job, x, n, count, roots);
+            at += count;
         }
     }
 }
