@@ -261,19 +261,22 @@ def made(kernel, arch, constants, aligned, n_warps):
 
 tiles = {"HAS_BIAS": True, "TILE": triton_linear.TILE, "DEPTH": 64}
 packed = {"HAS_BIAS": True, "TILE": triton_linear.TILE, "BLOCK": 16}
+schemes = [
+    {"BITS": n, "FLOATS": floats, "WORDS": triton_packed.WORDS[n]}
+    for n, floats in ((8, False), (6, False), (4, False), (8, True))
+]
 spans = {"SIZE": 64, "WIDTH": 64, "PAGE": 16, "ROWS": 64, "KEYS": triton_attention.KEYS, "LISTED": 128}
 for arch, tensor_core in ((80, "mma.sync.aligned.m16n8k16"), (90, "wgmma.mma_async.sync.aligned.m64n")):
     texts = [
         made(triton_linear._tiles, arch, tiles, ("x", "w", "y", "unit", "x_stride", "w_stride"), 4),
         made(triton_attention._spans, arch, spans, ("q", "keys", "values", "out", "cache_stride"), 4),
         *(
-            made(triton_packed._blocks, arch, {**packed, "BITS": n, "WORDS": words}, ("x", "codes", "x_stride"), 4)
-            for n, words in triton_packed.WORDS.items()
+            made(triton_packed._blocks, arch, {**packed, **scheme}, ("x", "codes", "x_stride"), 4) for scheme in schemes
         ),
         made(triton_rows._norm, arch, {"ADD": True, "WIDTH": 1024}, (), 4),
         made(triton_rows._gate, arch, {"BLOCK": 1024}, (), 4),
     ]
-    assert all(tensor_core in text for text in texts[:5]), arch
+    assert all(tensor_core in text for text in texts[:6]), arch
     assert not any(re.search(r"\\b(atom|red)\\.", text) for text in texts), arch  # sums that come in any order
 print("compiled")
 """
