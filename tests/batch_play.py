@@ -67,9 +67,12 @@ class Engine:
     queue: list[Request] = field(default_factory=list)
     stopping: bool = False
     answered: int = 0
+    answers: list[str] = field(default_factory=list)
+    called_off: list[str] = field(default_factory=list)
     most: int = 0
 
     def answer(self, request: Request) -> Completion:
+        self.answers.append(request.id)
         tokens = tuple(reversed(request.prompt))[: request.params.max_tokens]
         if request.prompt[:4] == tuple(b"boom"):
             return Completion(request.id, (), None, "error", error="a NaN on rank 0")
@@ -82,6 +85,7 @@ class Engine:
                     self.stopping = True
                     if message.cancel:
                         desk.outbox([Completion(r.id, (), None, "cancelled") for r in self.queue], STATS)
+                        self.called_off += [r.id for r in self.queue]
                         self.queue.clear()
                 else:
                     assert all(r.id != message.id for r in self.queue)

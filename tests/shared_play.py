@@ -43,6 +43,7 @@ class Task:
         self.complete: bool | None = None
         self.counted: list[tuple[int, int]] = []
         self.answered = 0
+        self.halves = 0  # answers of lines whose other answers were called off
         self._leases: list[Leases] = []
         self._lock: Any = None
 
@@ -66,6 +67,8 @@ class Task:
                 yield
             leases.leave()
             complete, self.answered = desk.complete, engine.answered
+            cut = {name.partition(".")[0] for name in engine.called_off}
+            self.halves = sum(name.partition(".")[0] in cut for name in engine.answers)
         real, merging.Leases = merging.Leases, self.join  # type: ignore[assignment, misc]
         try:
             self.complete = merging.conclude_shared(
