@@ -25,7 +25,7 @@ CASE = "llama-gqa"
 LICENCE = Path(__file__).resolve().parent.parent / "LICENSE"
 PROMPTS = [[5, 250, 17], [42], [201, 13, 88, 5, 90], [9] * 20]
 NEAR = {"int8": 0.15, "int4": 2.8, "fp8": 0.8}
-"""Of a logprob of the tiny model: measured, and half as much again."""
+"""Of a logprob of the tiny model: measured, and half as much again; of fp8 0.69, and a sixth."""
 
 
 def built(folder: str, quantization: str | None) -> Any:

@@ -122,12 +122,10 @@ def test_every_small_float_is_packed_as_itself(way: str) -> None:
     codes = torch.arange(128, dtype=torch.uint8)[:-1]  # the last is no number
     numbers = codes.view(torch.float8_e4m3fn).double()
     middles = (numbers[1:] + numbers[:-1]) / 2
-    ties = numbers[torch.arange(126) // 2 * 2 + (torch.arange(126) % 2) * 2]  # each middle's even neighbour
     asked = torch.cat((numbers, middles, middles * (1 - 2**-20), middles * (1 + 2**-20))).float()
     wanted = torch.cat(
         (numbers, torch.where(torch.arange(126) % 2 == 0, numbers[:-1], numbers[1:]), numbers[:-1], numbers[1:])
     )
-    assert torch.equal(ties, wanted[127:253])
     for sign in (1, -1):
         row = torch.cat((asked * sign, torch.tensor([448.0])))[None]
         into = empty(FP8, 1, row.shape[1], 1, CPU)
