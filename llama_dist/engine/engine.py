@@ -14,6 +14,7 @@ import torch
 
 from llama_dist.engine import sampler
 from llama_dist.engine.answer import Answer
+from llama_dist.engine.draws import draw_all
 from llama_dist.engine.fault import find_fault
 from llama_dist.engine.logits import shape
 from llama_dist.engine.scheduler import Scheduler, Work
@@ -29,6 +30,8 @@ from llama_dist.text.base import Tokenizer
 from llama_dist.text.stop import StopMatcher
 
 LOGIT_ROWS = 128  # prompt positions scored at a time, so that scoring needs no prompt x vocabulary buffer
+
+BROKEN = -1  # in a token's place
 
 OnToken = Callable[[TokenEvent], None]
 Ended = tuple[int, Completion]  # by arrival
@@ -174,18 +177,16 @@ class Engine:
             return []
         ends = [at for _, at in drawing]
         logits = self.model.logits(hidden if ends == [*range(len(hidden))] else hidden[ends])
-        greedy = likeliest(logits)
         done: list[Ended] = []
-        for i, (work, _) in enumerate(drawing):
+        for i, token in enumerate(self._choose(drawing, logits)):
+            work = drawing[i][0]
             answer = self.answers[work.sequence.request.id]
-            if greedy[i] < 0:  # its numbers are not finite
+            if token == BROKEN:
                 done.append(self._break(answer, work))
                 continue
-            try:
-                token = self._choose(answer, logits[i], greedy[i])
-            except RequestError as err:  # alone; all ranks see the same logits, so all come here
+            if isinstance(token, RequestError):  # alone; all ranks see the same logits, so all come here
                 self.scheduler.commit(work, None)
-                done.append(self._end(answer, "error", str(err)))
+                done.append(self._end(answer, "error", str(token)))
                 continue
             self._digest.update(f"{work.sequence.request.id}:{token};".encode())
             reason = self._take(answer, work, token, logits[i], on_token)
@@ -200,14 +201,25 @@ class Engine:
         self.scheduler.table.forget(work.sequence.pages)
         return self._end(answer, "error", why)
 
-    def _choose(self, answer: Answer, row: torch.Tensor, greedy: int) -> int:
-        params = answer.sequence.request.params
-        if params.temperature == 0 and not params.shapes_logits:
-            return greedy
-        if params.shapes_logits:
-            row = shape(row.float(), params, answer.sequence.request.prompt, answer.tokens, answer.stops)
-        position = len(answer.sequence.tokens)
-        return sampler.sample(row.float(), params, answer.seed, position)
+    def _choose(self, drawing: list[tuple[Work, int]], logits: torch.Tensor) -> list[int | RequestError]:
+        """A row's token, BROKEN where its numbers are not finite, or why none may be drawn."""
+        chosen: list[int | RequestError] = [*likeliest(logits)]
+        wanted: dict[int, sampler.Wanted] = {}
+        for i, (work, _) in enumerate(drawing):
+            sequence, row = work.sequence, logits[i]
+            answer, params = self.answers[sequence.request.id], sequence.request.params
+            if chosen[i] == BROKEN or (params.temperature == 0 and not params.shapes_logits):
+                continue
+            if params.shapes_logits:
+                try:
+                    row = shape(row.float(), params, sequence.request.prompt, answer.tokens, answer.stops)
+                except RequestError as err:
+                    chosen[i] = err
+                    continue
+            wanted[i] = sampler.Wanted(row, params, answer.seed, len(sequence.tokens))
+        for i, token in zip(wanted, draw_all([*wanted.values()]), strict=True):
+            chosen[i] = token
+        return chosen
 
     def _take(
         self, answer: Answer, work: Work, token: int, row: torch.Tensor, on_token: OnToken | None

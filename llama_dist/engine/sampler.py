@@ -10,6 +10,7 @@ samples the renormalised softmax (Gumbel-max).
 from __future__ import annotations
 
 import hashlib
+from typing import NamedTuple
 
 import torch
 
@@ -37,7 +38,8 @@ def mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _signed(x: int) -> int:
+def signed(x: int) -> int:
+    """The int64 that has the 64 bits of x."""
     return x - 2**64 if x >= 2**63 else x
 
 
@@ -48,15 +50,24 @@ def _shift(x: torch.Tensor, n: int) -> torch.Tensor:
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """`mix` of int64 tensors; products wrap around."""
-    x = (x ^ _shift(x, 30)) * _signed(MIX_1)
-    x = (x ^ _shift(x, 27)) * _signed(MIX_2)
+    x = (x ^ _shift(x, 30)) * signed(MIX_1)
+    x = (x ^ _shift(x, 27)) * signed(MIX_2)
     return x ^ _shift(x, 31)
+
+
+def noise_key(seed: int, position: int) -> int:
+    """What the noise of a position is a hash of, beside the token's id: 64 bits, unsigned."""
+    return mix(mix(seed + GOLDEN) + GOLDEN * (position + 1))
 
 
 def gumbel(seed: int, position: int, ids: torch.Tensor) -> torch.Tensor:
     """Gumbel noise, float64, of token `ids` at a sequence position: the same wherever and whenever it is asked for."""
-    key = mix(mix(seed + GOLDEN) + GOLDEN * (position + 1))
-    bits = _shift(_mix((ids + 1) * _signed(GOLDEN) + _signed(key)), 11)  # 53 of them
+    return gumbel_of(torch.tensor(signed(noise_key(seed, position)), device=ids.device), ids)
+
+
+def gumbel_of(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The noise for the bits of `noise_key`s, int64, and token ids; shapes broadcast."""
+    bits = _shift(_mix((ids + 1) * signed(GOLDEN) + keys), 11)  # 53 of them
     return -steady(torch.log, -steady(torch.log, (bits.double() + 0.5) * 2.0**-53))
 
 
@@ -137,6 +148,15 @@ def sample(logits: torch.Tensor, params: SamplingParams, seed: int, position: in
     if params.temperature == 0:
         return int(torch.argmax(logits))
     return sample_top_p(logits, params.temperature, params.top_p, seed, position, params.top_k, params.min_p)
+
+
+class Wanted(NamedTuple):
+    """A token for `position` of a sequence, from its row of logits [vocab]: what `sample` takes."""
+
+    row: torch.Tensor
+    params: SamplingParams
+    seed: int
+    position: int
 
 
 def log_softmax(row: torch.Tensor) -> torch.Tensor:
