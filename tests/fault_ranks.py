@@ -82,16 +82,16 @@ def plant(fault: Fault, mark: Path) -> None:
             time.sleep(0.05)  # the job must last until the signal is heeded
         return step(self, *args)
 
-    def other_token(self: Engine, *args: Any) -> int:
-        token = choose(self, *args)
+    def other_tokens(self: Engine, *args: Any) -> list[Any]:
+        tokens = choose(self, *args)
         if self.ticks == fault.tick:
             mark.touch()
-            return (token + 1) % 200
-        return token
+            return [(token + 1) % 200 for token in tokens]
+        return tokens
 
     Engine.step = faulty_step  # type: ignore[method-assign]
     if fault.kind == "other":
-        Engine._choose = other_token  # type: ignore[method-assign]
+        Engine._choose = other_tokens  # type: ignore[method-assign]
 
 
 def _rank(env: dict[str, str], argv: Sequence[str], fault: Fault | None, log: str, mark: str) -> None:

@@ -99,7 +99,13 @@ def one_rank_samples_differently(folder: str) -> str:
     session = open_for(Ask(folder, [], 0))
     if session.world.rank == 1:
         drawn = Engine._choose
-        Engine._choose = lambda *a: drawn(*a) if len(a[1].sequence.tokens) != 5 else (drawn(*a) + 1) % 200  # type: ignore[method-assign]
+
+        def other(self: Engine, drawing: Any, logits: Any) -> list[Any]:
+            third = [len(work.sequence.tokens) == 5 for work, _ in drawing]
+            tokens = drawn(self, drawing, logits)
+            return [(token + 1) % 200 if it else token for token, it in zip(tokens, third, strict=True)]
+
+        Engine._choose = other  # type: ignore[method-assign]
     try:
         answer(session, Ask(folder, [[5, 6, 7]], 8))
     except DesyncError as err:

@@ -33,7 +33,11 @@ from tests.spmd import run_ranks
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EVERYTHING = {
-    *((name, size) for name, sizes in (("decode", (1, 8, 64)), ("prefill", (512, 2048))) for size in sizes),
+    *(
+        (name, size)
+        for name, sizes in (("decode", (1, 8, 64)), ("sampled", (1, 64)), ("prefill", (512, 2048)))
+        for size in sizes
+    ),
     *((name, 0) for name in ("batch", "ready", "first token", "host memory")),
 }
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +47,7 @@ def load(spec):
     assert spec["threads"] == int(__import__("os").environ["OMP_NUM_THREADS"])
     return f"fake 1.0, {spec['dtype']}"
 
-def generate(prompts, n):
+def generate(prompts, n, temperature, top_p):
     print("noise", prompts[0][:2])
     __import__("time").sleep(0.001 * n)
     return [[0] * n for _ in prompts]
@@ -66,7 +70,7 @@ def test_every_figure_is_there_and_positive(n_ranks: int, tmp_path: Path) -> Non
     figures = {(figure["name"], figure["size"]): figure for figure in data["figures"]}
     assert figures.keys() == EVERYTHING | ({("reductions", 0)} if n_ranks > 1 else set())
     for key, figure in figures.items():
-        in_rounds = key[0] in ("decode", "prefill", "batch")
+        in_rounds = key[0] in ("decode", "sampled", "prefill", "batch")
         assert len(figure["values"]) == (2 if in_rounds else 1)
         assert 0 < figure["least"] <= figure["median"] <= figure["most"]
         assert (figure["share"] is not None) == (in_rounds or key[0] == "reductions")
@@ -84,7 +88,13 @@ def test_every_figure_is_there_and_positive(n_ranks: int, tmp_path: Path) -> Non
     about = data["about"]
     assert (about["ranks"], about["dtype"], about["torch"]) == (n_ranks, "bfloat16", torch.__version__)
     assert about["model"] == "tiny, random weights, llama, 148 k parameters"
-    for part in ("decode, batch 64, tokens/s", "mixed batch of 64", "memory: read at", "left out: prefill of 8,192"):
+    for part in (
+        "decode, batch 64, tokens/s",
+        "decode, batch 64, sampled",
+        "mixed batch of 64",
+        "memory: read at",
+        "left out: prefill of 8,192",
+    ):
         assert part in text
 
 
@@ -253,9 +263,11 @@ def test_transformers_does_the_work(form: str, checkpoint: Saver, tmp_path: Path
         path = checkpoint("llama-gqa", form)
         found = options(f"--ckpt_dir={path}", "--dtype", "float32", "--device", "cpu")
     spec = against.spec_of(found, check(found.run, found))
-    jobs = [{"name": "decode", "size": 2, "prompts": [[5, 6], [7, 8, 9]], "new": 16}]
-    jobs += [{"name": "prefill", "size": 64, "prompts": [[5] * 64], "new": 1}]
-    jobs += [{"name": "batch", "size": 0, "prompts": [[5, 6], [7] * 20, [8]], "new": 4}]
+    greedy = {"temperature": 0.0, "top_p": 1.0}
+    jobs = [{"name": "decode", "size": 2, "prompts": [[5, 6], [7, 8, 9]], "new": 16} | greedy]
+    jobs += [{"name": "prefill", "size": 64, "prompts": [[5] * 64], "new": 1} | greedy]
+    jobs += [{"name": "batch", "size": 0, "prompts": [[5, 6], [7] * 20, [8]], "new": 4} | greedy]
+    jobs += [{"name": "sampled", "size": 2, "prompts": [[5, 6], [7]], "new": 16, "temperature": 0.6, "top_p": 0.9}]
     (tmp_path / "spec.json").write_text(json.dumps(spec | {"jobs": jobs, "threads": 1}))
     about, values = against.contend("transformers", sys.executable, tmp_path / "spec.json", 1)
     assert about.startswith("transformers ") and about.endswith("float32")
@@ -269,8 +281,8 @@ def test_transformers_answers_do_not_depend_on_the_filling(checkpoint: Saver) ->
     folder = str(checkpoint("llama-gqa", "hf"))
     contender.load({"model": folder, "dtype": "float32", "device": "cpu", "threads": 1})
     prompts = [[5, 6, 7], [8] * 11, [9, 10]]
-    together = contender.generate(prompts, 5)
-    assert together == [contender.generate([prompt], 5)[0] for prompt in prompts]
+    together = contender.generate(prompts, 5, 0.0, 1.0)
+    assert together == [contender.generate([prompt], 5, 0.0, 1.0)[0] for prompt in prompts]
     assert [len(answer) for answer in together] == [5, 5, 5]
 
 

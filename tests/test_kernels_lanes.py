@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama_dist.kernels import attention, build, small
+from llama_dist.kernels import attention, build, draw, small
 from tests.kernel_cases import DTYPES, arguments, need_kernels, same_bits, text
 
 NEEDS = {0: {"fma"}, 1: {"avx2", "fma"}, 2: {"avx512f", "avx512bw", "avx512vl", "avx512dq"}}
@@ -30,7 +30,7 @@ def ways(tmp_path_factory: pytest.TempPathFactory) -> list[ctypes.CDLL]:
     if len(_can()) < 2:
         pytest.skip("this processor has one way only")
     folder = tmp_path_factory.mktemp("lanes")
-    sources = [build.SOURCES / "attention.cpp", build.SOURCES / "small.cpp"]
+    sources = [build.SOURCES / f"{name}.cpp" for name in ("attention", "draw", "small")]
     others = _can()[:-1]  # the last is what the package compiled
     for way in others:
         build.compile_to(folder / f"{way}.so", cxx, sources, f"-DLANES={way}")
@@ -44,6 +44,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[ctypes.CDLL], None]:
     def switch(library: ctypes.CDLL) -> None:
         for module, name, wrapped in (
             (attention, "_compiled", "attend"),
+            (draw, "_compiled", "draw"),
             (small, "_norm", "rms_norm"),
             (small, "_rope", "rope_write"),
             (small, "_silu", "silu_mul"),
@@ -53,16 +54,16 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[ctypes.CDLL], None]:
             call.argtypes = getattr(usual, f"llama_dist_{wrapped}").argtypes
             monkeypatch.setattr(module, name, lambda call=call: call)
 
-    for getter in (attention._compiled, small._norm, small._rope, small._silu):
+    for getter in (attention._compiled, draw._compiled, small._norm, small._rope, small._silu):
         getter()
     return switch
 
 
 def everything(dtype: torch.dtype, head_dim: int) -> list[torch.Tensor]:
-    draw = torch.Generator().manual_seed(head_dim)
+    noise = torch.Generator().manual_seed(head_dim)
     it = text(600, 6, 3, head_dim, dtype)
     args = arguments([(it, 0, 45), (it, 590, 600), (it, 7, 8)], (0, 1, 1, 2, 2, 2), compiled=True)
-    x, y = (torch.randn(9, 11 * head_dim, generator=draw).to(dtype) * 9 for _ in range(2))
+    x, y = (torch.randn(9, 11 * head_dim, generator=noise).to(dtype) * 9 for _ in range(2))
     x[0, :4] = torch.tensor([float("nan"), -100.0, 100.0, float("inf")]).to(dtype)
     gate = small.silu_mul(x, y).nan_to_num(3)
     norms = small.add_rms_norm(x[1:], y[1:], y[0], 1e-5)
@@ -70,7 +71,7 @@ def everything(dtype: torch.dtype, head_dim: int) -> list[torch.Tensor]:
         part.clone().unflatten(1, (-1, head_dim)) for part in x[1:].split([5 * head_dim, 3 * head_dim, 3 * head_dim], 1)
     )
     cache = torch.zeros(2, 3, 16, head_dim, dtype=dtype)
-    angles = torch.randn(8, head_dim // 2, generator=draw)
+    angles = torch.randn(8, head_dim // 2, generator=noise)
     small.rope_write(q, k, v, angles.cos(), angles.sin(), *cache, torch.arange(8))
     return [attention.attend(*args), attention.attend(*args, 30), gate, *norms, q, cache]
 
@@ -85,3 +86,18 @@ def test_all_ways_give_the_same_bits(
         use(library)
         for a, b in zip(everything(dtype, head_dim), usual, strict=True):
             assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_ways_draw_the_same_tokens(
+    dtype: torch.dtype, ways: list[ctypes.CDLL], use: Callable[[ctypes.CDLL], None]
+) -> None:
+    torch.manual_seed(5)
+    cuts = [(1.0, 1.0, 0, 0.0), (0.6, 0.9, 0, 0.0), (0.7, 0.8, 20, 0.0), (1.5, 1.0, 0, 0.05)]
+    rows = (torch.randn(12, 5003) * 2).to(dtype)
+    wanted = [draw.Draw(row, 77 * i, *cuts[i % len(cuts)]) for i, row in enumerate(rows)]
+    usual = draw.draw(wanted)
+    assert min(usual) >= 0
+    for library in ways:
+        use(library)
+        assert draw.draw(wanted) == usual

@@ -239,7 +239,7 @@ class VerifyOptions:
             raise ConfigError(f"--sample is {self.sample}, must be 1 or more")
 
 
-BENCH_WORK = ("decode", "prefill", "batch")
+BENCH_WORK = ("decode", "sampled", "prefill", "batch")
 BENCH_ALL = (*BENCH_WORK, "reproducible")
 
 

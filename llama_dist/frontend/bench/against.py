@@ -24,9 +24,9 @@ from llama_dist.frontend.bench.machine import command_line
 from llama_dist.frontend.bench.results import Contender, Results, merged
 from llama_dist.frontend.bench.work import (
     MIXED_NEW,
-    MIXED_PROMPTS,
     PREFILL,
     PROMPT,
+    SAMPLED,
     STEPS,
     mixed_lengths,
     random_prompt,
@@ -34,6 +34,7 @@ from llama_dist.frontend.bench.work import (
 from llama_dist.frontend.options import BenchOptions
 from llama_dist.parallel.launch import read_launch
 from llama_dist.parallel.world import pick_device
+from llama_dist.request import SamplingParams
 
 log = logging.getLogger("llama_dist")
 
@@ -59,21 +60,27 @@ def pythons(options: BenchOptions) -> dict[str, str]:
 
 
 def jobs(options: BenchOptions, vocab: int, max_seq_len: int) -> list[dict[str, Any]]:
-    """The work as contenders are told of it: prompts, and how many new tokens of each."""
+    """The work as contenders are told of it: prompts, how many new tokens of each, and how they are drawn."""
     number = iter(range(10**9))
 
     def prompts(lengths: list[int]) -> list[list[int]]:
         return [list(random_prompt(next(number), length, vocab)) for length in lengths]
 
     made: list[dict[str, Any]] = []
-    if "decode" in options.work:
-        for batch, steps in STEPS.items():
-            if PROMPT + steps < max_seq_len:
-                made.append({"name": "decode", "size": batch, "prompts": prompts([PROMPT] * batch), "new": steps})
-    if "prefill" in options.work:
-        made += [{"name": "prefill", "size": n, "prompts": prompts([n]), "new": 1} for n in PREFILL if n < max_seq_len]
-    if "batch" in options.work and max(MIXED_PROMPTS) + MIXED_NEW <= max_seq_len:
-        made.append({"name": "batch", "size": 0, "prompts": prompts(mixed_lengths()), "new": MIXED_NEW})
+
+    def add(name: str, size: int, lengths: list[int], new: int, temperature: float = 0.0) -> None:
+        timed = new + (name in ("decode", "sampled"))  # the first token is taken off their time
+        if max(lengths) + timed <= max_seq_len and name in options.work:
+            job = {"name": name, "size": size, "prompts": prompts(lengths), "new": new}
+            made.append(job | {"temperature": temperature, "top_p": SamplingParams.top_p if temperature else 1.0})
+
+    for batch, steps in STEPS.items():
+        add("decode", batch, [PROMPT] * batch, steps)
+    for batch in SAMPLED:
+        add("sampled", batch, [PROMPT] * batch, STEPS[batch], SamplingParams.temperature)
+    for n in PREFILL:
+        add("prefill", n, [n], 1)
+    add("batch", 0, mixed_lengths(), MIXED_NEW)
     return made
 
 

@@ -10,11 +10,12 @@ from typing import Any
 from llama_dist.frontend.bench.cost import Cost, Model, job_cost, least_seconds, prefill_cost, step_cost
 
 Key = tuple[str, int]
-"""What was measured, and its size: ("decode", batch), ("prefill", tokens); 0 for what has none."""
+"""What was measured, and its size: ("decode", batch), ("sampled", batch), ("prefill", tokens); 0 for what has none."""
 
 RATE, SECONDS, BYTES, SHARE = "tokens/s", "s", "bytes", "share"
 UNITS: Mapping[str, str] = {
     "decode": RATE,
+    "sampled": RATE,
     "prefill": RATE,
     "batch": RATE,
     "ready": SECONDS,
@@ -129,7 +130,7 @@ def limit_of(key: Key, model: Model, limits: Limits, sizes: Sizes) -> tuple[floa
         seconds, bound = least_seconds(cost, limits.product, limits.read)
         return tokens / seconds, bound
 
-    if name == "decode":
+    if name in ("decode", "sampled"):
         return rate(step_cost(model, size, sizes.contexts[size]), size)
     if name == "prefill":
         return rate(prefill_cost(model, size), size)

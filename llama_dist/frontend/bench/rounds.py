@@ -16,10 +16,21 @@ from llama_dist.frontend.bench.figures import Key, Sizes, best, figures_of
 from llama_dist.frontend.bench.machine import about, peak_device, peak_host, since_start
 from llama_dist.frontend.bench.results import Results
 from llama_dist.frontend.bench.step_profile import REDUCTIONS, timed
-from llama_dist.frontend.bench.work import MIXED_NEW, MIXED_PROMPTS, PREFILL, PROMPT, STEPS, WARM, Player, mixed_lengths
+from llama_dist.frontend.bench.work import (
+    MIXED_NEW,
+    MIXED_PROMPTS,
+    PREFILL,
+    PROMPT,
+    SAMPLED,
+    STEPS,
+    WARM,
+    Player,
+    mixed_lengths,
+)
 from llama_dist.frontend.numbers import show_number
 from llama_dist.frontend.options import BenchOptions
 from llama_dist.parallel.control import collect
+from llama_dist.request import SamplingParams
 
 log = logging.getLogger("llama_dist")
 PROFILED = 16  # steps
@@ -41,7 +52,10 @@ class Rounds:
         player = self._player
         for batch in STEPS if "decode" in chosen else ():
             if self._fits(f"decode, batch {batch}", batch, PROMPT + STEPS[batch] + WARM + batch):
-                yield ("decode", batch), functools.partial(self._decode, batch)
+                yield ("decode", batch), functools.partial(self._decode, batch, 0.0)
+        for batch in SAMPLED if "sampled" in chosen else ():
+            if self._fits(f"decode, batch {batch}, sampled", batch, PROMPT + STEPS[batch] + WARM + batch):
+                yield ("sampled", batch), functools.partial(self._decode, batch, SamplingParams.temperature)
         for n in PREFILL if "prefill" in chosen else ():
             if self._fits(f"prefill of {n:,} tokens", 1, n):
                 yield ("prefill", n), functools.partial(player.prefill, n)
@@ -61,8 +75,8 @@ class Rounds:
             self.left_out.append((what, why))
         return why is None
 
-    def _decode(self, batch: int) -> float:
-        rate, self.contexts[batch] = self._player.decode(batch)
+    def _decode(self, batch: int, temperature: float) -> float:
+        rate, self.contexts[batch] = self._player.decode(batch, temperature=temperature)
         return rate
 
     def _share(self, work: Callable[[int], float], size: int) -> float:

@@ -30,6 +30,7 @@ def title(figure: Figure) -> str:
     """What was measured, in words."""
     names = {
         "decode": f"decode, batch {figure.size}",
+        "sampled": f"decode, batch {figure.size}, sampled",
         "prefill": f"prefill of {figure.size:,} tokens",
         "batch": "mixed batch of 64",
         "ready": "start to ready",

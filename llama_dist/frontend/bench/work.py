@@ -23,6 +23,7 @@ PROMPT = 128  # tokens of the prompts before decoding is timed
 WARM = 2  # steps before
 STEPS = {1: 64, 8: 32, 64: 16}
 """Batches whose decoding is timed, and for how many steps."""
+SAMPLED = (1, 64)  # batches that are decoded at Llama's temperature and top_p, the defaults, too
 PREFILL = (512, 2048, 8192)
 MIXED, MIXED_NEW = 64, 64  # prompts of the mixed batch, and new tokens of each
 MIXED_PROMPTS = (16, 256)
@@ -41,9 +42,9 @@ class Player:
     session: Session
     serial: Iterator[int] = field(default_factory=itertools.count)
 
-    def requests(self, lengths: Sequence[int], new: int | None) -> list[Request]:
-        """Greedy requests with random prompts of so many tokens, that go on whatever is drawn."""
-        params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
+    def requests(self, lengths: Sequence[int], new: int | None, temperature: float = 0.0) -> list[Request]:
+        """Requests with random prompts of so many tokens, that go on whatever is drawn."""
+        params = SamplingParams(temperature=temperature, max_tokens=new, ignore_eos=True)
         vocab = self.session.config.vocab_size
         made = []
         for length in lengths:
@@ -79,10 +80,10 @@ class Player:
         """Answer a short prompt with one token."""
         self.until_idle(self.requests([16], 1))
 
-    def decoding(self, batch: int, context: int = PROMPT, warm: int = WARM) -> None:
+    def decoding(self, batch: int, context: int = PROMPT, warm: int = WARM, temperature: float = 0.0) -> None:
         """Start `batch` sequences, step until each has its prompt of `context` tokens behind it, then `warm` times."""
         engine = self.session.engine
-        for request in self.requests([context] * batch, None):
+        for request in self.requests([context] * batch, None, temperature):
             engine.add(request)
         scheduler = engine.scheduler
         while scheduler.waiting or any(sequence.missing > 1 for sequence in scheduler.running):
@@ -104,9 +105,11 @@ class Player:
         engine = self.session.engine
         engine.cancel(*engine.answers)
 
-    def decode(self, batch: int, context: int = PROMPT, steps: int | None = None) -> tuple[float, float]:
-        """Tokens a second of `batch` sequences, and their average length meanwhile."""
-        self.decoding(batch, context)
+    def decode(
+        self, batch: int, context: int = PROMPT, steps: int | None = None, temperature: float = 0.0
+    ) -> tuple[float, float]:
+        """Tokens a second of `batch` sequences, and their average length meanwhile; top_p is the default."""
+        self.decoding(batch, context, temperature=temperature)
         n = steps or STEPS[batch]
         lengths = [len(sequence.tokens) for sequence in self.session.engine.scheduler.running]
         assert len(lengths) == batch, f"{len(lengths)} of {batch} sequences run"

@@ -1,9 +1,9 @@
 """Runs one contender's work in its own Python: `python run.py CONTENDER.py SPEC.json`. Standard library only.
 
 A contender is a file beside this one with `load(spec)`, which gets ready and returns a line about itself, and
-`generate(prompts, n)`, which returns exactly n greedy new ids for each prompt (ids too), whatever they are. Where it
-has `make_room(prompts, n)` too, that is called before, untimed. What was measured goes to stdout, a line `BENCH {json}`
-each; everything else that is printed is passed over.
+`generate(prompts, n, temperature, top_p)`, which returns exactly n new ids for each prompt (ids too), whatever they
+are. Where it has `make_room(prompts, n)` too, that is called before, untimed. What was measured goes to stdout, a line
+`BENCH {json}` each; everything else that is printed is passed over.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def load_file(path: str) -> Any:
     return module
 
 
-def timed(contender: Any, prompts: list[list[int]], new: int) -> float:
+def timed(contender: Any, prompts: list[list[int]], new: int, temperature: float, top_p: float) -> float:
     """Seconds of one call, whose answers must be there."""
     began = time.perf_counter()
-    answers = contender.generate(prompts, new)
+    answers = contender.generate(prompts, new, temperature, top_p)
     seconds = time.perf_counter() - began
     lengths = [len(answer) for answer in answers]
     if lengths != [new] * len(prompts):
@@ -62,15 +62,19 @@ def measure(contender: Any, job: dict[str, Any]) -> float:
     """Tokens a second: of answers alone (decode), of a prompt (prefill), or of new tokens in a whole batch."""
     prompts: list[list[int]] = job["prompts"]
     new: int = job["new"]
+
+    def seconds(n: int) -> float:
+        return timed(contender, prompts, n, job["temperature"], job["top_p"])
+
     if hasattr(contender, "make_room"):
         contender.make_room(prompts, new + 1)
-    if job["name"] == "decode":  # what a step adds, whatever comes before the first
-        timed(contender, prompts, 2)
-        first = timed(contender, prompts, 1)
-        return len(prompts) * new / (timed(contender, prompts, new + 1) - first)
+    if job["name"] in ("decode", "sampled"):  # what a step adds, whatever comes before the first
+        seconds(2)
+        first = seconds(1)
+        return len(prompts) * new / (seconds(new + 1) - first)
     if job["name"] == "prefill":
-        return sum(map(len, prompts)) / timed(contender, prompts, 1)
-    return len(prompts) * new / timed(contender, prompts, new)
+        return sum(map(len, prompts)) / seconds(1)
+    return len(prompts) * new / seconds(new)
 
 
 def main() -> int:
@@ -82,7 +86,7 @@ def main() -> int:
         contender = load_file(path)
         tell(about=contender.load(spec))
         tell(name="ready", size=0, value=since_start())
-        timed(contender, [spec["first"]], 1)
+        timed(contender, [spec["first"]], 1, 0.0, 1.0)
         tell(name="first token", size=0, value=since_start())
         for job in spec["jobs"]:
             rate = measure(contender, job)

@@ -62,8 +62,22 @@ def make_room(prompts: list[list[int]], new: int) -> None:
     state.update(context=made, sequences=sequences, length=length)
 
 
-def decode(made: Any, items: list[tuple[int, int, int, bool]]) -> list[int]:
-    """Run (token, position, sequence, whether its logits are wanted); the likeliest next token of each that is."""
+def sampler_of(temperature: float, top_p: float) -> Any:
+    """Its chain of samplers; None: greedy."""
+    if not temperature:
+        return None
+    chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+    for part in (
+        lib.llama_sampler_init_temp(temperature),
+        lib.llama_sampler_init_top_p(top_p, 1),
+        lib.llama_sampler_init_dist(0),
+    ):
+        lib.llama_sampler_chain_add(chain, part)
+    return chain
+
+
+def decode(made: Any, items: list[tuple[int, int, int, bool]], sampler: Any) -> list[int]:
+    """Run (token, position, sequence, whether its logits are wanted); the next token of each that is."""
     batch = state["batch"]
     for i, (token, position, sequence, wanted) in enumerate(items):
         batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
@@ -74,13 +88,16 @@ def decode(made: Any, items: list[tuple[int, int, int, bool]]) -> list[int]:
     n = sum(wanted for *_, wanted in items)
     if not n:
         return []
+    if sampler is not None:
+        return [lib.llama_sampler_sample(sampler, made, i) for i, (*_, wanted) in enumerate(items) if wanted]
     logits = ctypes.cast(lib.llama_get_logits(made), ctypes.POINTER(ctypes.c_float))
     ids: list[int] = np.ctypeslib.as_array(logits, (n, state["vocab"])).argmax(1).tolist()
     return ids
 
 
-def generate(prompts: list[list[int]], new: int) -> list[list[int]]:
+def generate(prompts: list[list[int]], new: int, temperature: float, top_p: float) -> list[list[int]]:
     make_room(prompts, new)
+    sampler = sampler_of(temperature, top_p)
     made = state["context"]
     lib.llama_memory_clear(lib.llama_get_memory(made), False)
     items = [
@@ -90,10 +107,12 @@ def generate(prompts: list[list[int]], new: int) -> list[list[int]]:
     ]
     newest: list[int] = []
     for start in range(0, len(items), BATCH):
-        newest += decode(made, items[start : start + BATCH])
+        newest += decode(made, items[start : start + BATCH], sampler)
     answers = [[token] for token in newest]
     for step in range(new - 1):
-        newest = decode(made, [(token, len(prompts[i]) + step, i, True) for i, token in enumerate(newest)])
+        newest = decode(made, [(token, len(prompts[i]) + step, i, True) for i, token in enumerate(newest)], sampler)
         for answer, token in zip(answers, newest, strict=True):
             answer.append(token)
+    if sampler is not None:
+        lib.llama_sampler_free(sampler)
     return answers

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 BATCH = 64  # prompts at once, as many as ours has
 PAD = 0
+GREEDY = {"do_sample": False}
 
 model: Any = None
 
@@ -39,7 +40,7 @@ def load(spec: dict[str, Any]) -> str:
 
 
 @torch.inference_mode()
-def batch(prompts: list[list[int]], new: int) -> list[list[int]]:
+def batch(prompts: list[list[int]], new: int, temperature: float, top_p: float) -> list[list[int]]:
     """One call, prompts filled up on the left."""
     width = max(map(len, prompts))
     rows = [[PAD] * (width - len(prompt)) + prompt for prompt in prompts]
@@ -49,7 +50,7 @@ def batch(prompts: list[list[int]], new: int) -> list[list[int]]:
         attention_mask=torch.tensor(mask, device=model.device),
         max_new_tokens=new,
         min_new_tokens=new,
-        do_sample=False,
+        **({"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else GREEDY),
         eos_token_id=None,
         pad_token_id=PAD,
     )
@@ -57,11 +58,11 @@ def batch(prompts: list[list[int]], new: int) -> list[list[int]]:
     return answers
 
 
-def generate(prompts: list[list[int]], new: int) -> list[list[int]]:
+def generate(prompts: list[list[int]], new: int, temperature: float, top_p: float) -> list[list[int]]:
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), BATCH):
         some = order[start : start + BATCH]
-        for i, answer in zip(some, batch([prompts[i] for i in some], new), strict=True):
+        for i, answer in zip(some, batch([prompts[i] for i in some], new, temperature, top_p), strict=True):
             answers[i] = answer
     return answers

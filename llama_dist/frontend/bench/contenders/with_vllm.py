@@ -37,7 +37,9 @@ def load(spec: dict[str, Any]) -> str:
     return f"vLLM {vllm.__version__}, {spec['dtype']}"
 
 
-def generate(prompts: list[list[int]], new: int) -> list[list[int]]:
-    params = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False)
+def generate(prompts: list[list[int]], new: int, temperature: float, top_p: float) -> list[list[int]]:
+    params = SamplingParams(
+        temperature=temperature, top_p=top_p, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False
+    )
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
