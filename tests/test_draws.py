@@ -139,6 +139,14 @@ def test_rows_of_both_types_and_greedy_ones_come_together() -> None:
     assert draw_all([]) == []
 
 
+def test_without_temperature_the_first_of_the_greatest_is_drawn() -> None:
+    need_kernels()
+    rows = torch.full((3, 100), float("-inf"))
+    rows[0, [7, 50]] = rows[1, 99] = rows[2, :] = 2.0
+    greedy = SamplingParams(temperature=0.0)
+    assert compiled_draw([Wanted(row, greedy, 1, 1) for row in rows]) == [7, 99, 0]
+
+
 def test_a_token_does_not_depend_on_its_neighbours(draws: Draws) -> None:
     torch.manual_seed(3)
     rows = torch.randn(40, 40_000) * 2  # more than are drawn of at once

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama_dist.kernels import attention, build, draw, small
+from llama_dist.kernels import attention, build, draw, scores, small
 from tests.kernel_cases import DTYPES, arguments, need_kernels, same_bits, text
 
 NEEDS = {0: {"fma"}, 1: {"avx2", "fma"}, 2: {"avx512f", "avx512bw", "avx512vl", "avx512dq"}}
@@ -30,7 +30,7 @@ def ways(tmp_path_factory: pytest.TempPathFactory) -> list[ctypes.CDLL]:
     if len(_can()) < 2:
         pytest.skip("this processor has one way only")
     folder = tmp_path_factory.mktemp("lanes")
-    sources = [build.SOURCES / f"{name}.cpp" for name in ("attention", "draw", "small")]
+    sources = [build.SOURCES / f"{name}.cpp" for name in ("attention", "draw", "scores", "small")]
     others = _can()[:-1]  # the last is what the package compiled
     for way in others:
         build.compile_to(folder / f"{way}.so", cxx, sources, f"-DLANES={way}")
@@ -45,6 +45,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[ctypes.CDLL], None]:
         for module, name, wrapped in (
             (attention, "_compiled", "attend"),
             (draw, "_compiled", "draw"),
+            (scores, "_compiled", "scores"),
             (small, "_norm", "rms_norm"),
             (small, "_rope", "rope_write"),
             (small, "_silu", "silu_mul"),
@@ -54,7 +55,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[ctypes.CDLL], None]:
             call.argtypes = getattr(usual, f"llama_dist_{wrapped}").argtypes
             monkeypatch.setattr(module, name, lambda call=call: call)
 
-    for getter in (attention._compiled, draw._compiled, small._norm, small._rope, small._silu):
+    for getter in (attention._compiled, draw._compiled, scores._compiled, small._norm, small._rope, small._silu):
         getter()
     return switch
 
@@ -89,15 +90,16 @@ def test_all_ways_give_the_same_bits(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_all_ways_draw_the_same_tokens(
+def test_all_ways_draw_and_score_alike(
     dtype: torch.dtype, ways: list[ctypes.CDLL], use: Callable[[ctypes.CDLL], None]
 ) -> None:
     torch.manual_seed(5)
     cuts = [(1.0, 1.0, 0, 0.0), (0.6, 0.9, 0, 0.0), (0.7, 0.8, 20, 0.0), (1.5, 1.0, 0, 0.05)]
     rows = (torch.randn(12, 5003) * 2).to(dtype)
     wanted = [draw.Draw(row, 77 * i, *cuts[i % len(cuts)]) for i, row in enumerate(rows)]
-    usual = draw.draw(wanted)
+    usual, scored = draw.draw(wanted), scores.scores(rows, range(12), [5] * 12)
     assert min(usual) >= 0
     for library in ways:
         use(library)
         assert draw.draw(wanted) == usual
+        assert scores.scores(rows, range(12), [5] * 12) == scored

@@ -12,17 +12,16 @@ from llama_dist.kernels.draw import Draw, draw
 def draw_all(wanted: Sequence[Wanted]) -> list[int]:
     """The token of each; all rows are of one length and on one device."""
     found = [UNSURE] * len(wanted)
-    warm = [i for i, w in enumerate(wanted) if w.params.temperature > 0]
-    if warm:
-        some = [wanted[i] for i in warm]
-        tokens = compiled_draw(some) if some[0].row.device.type == "cpu" else draw_rows(some)
-        for i, token in zip(warm, tokens, strict=True):
+    if wanted and wanted[0].row.device.type == "cpu":
+        found = compiled_draw(wanted)
+    elif warm := [i for i, w in enumerate(wanted) if w.params.temperature > 0]:
+        for i, token in zip(warm, draw_rows([wanted[i] for i in warm]), strict=True):
             found[i] = token
     return [sample(w.row.float(), *w[1:]) if token == UNSURE else token for w, token in zip(wanted, found, strict=True)]
 
 
 def compiled_draw(wanted: Sequence[Wanted]) -> list[int]:
-    """`draw_all` of temperatures above 0 in C++; UNSURE where it is close, or there is no C++ for it."""
+    """`draw_all` in C++; UNSURE where it is close, or there is no C++ for it."""
 
     def packed(w: Wanted) -> Draw:
         p = w.params

@@ -18,6 +18,7 @@ from llama_dist.engine.draws import draw_all
 from llama_dist.engine.fault import find_fault
 from llama_dist.engine.logits import shape
 from llama_dist.engine.scheduler import Scheduler, Work
+from llama_dist.engine.scores import Score, scores_of
 from llama_dist.engine.stats import EngineStats
 from llama_dist.errors import RequestError
 from llama_dist.kernels.single import likeliest
@@ -163,12 +164,12 @@ class Engine:
         last = min(work.start + work.length + 1, len(tokens))
         for start in range(first, last, LOGIT_ROWS):
             stop = min(start + LOGIT_ROWS, last)
-            logits = self.model.logits(hidden[start - 1 - work.start : stop - 1 - work.start]).float()
-            targets = torch.tensor(tokens[start:stop], device=logits.device)
-            answer.prompt_scores += sampler.logprobs_of(logits, targets).tolist()
-            answer.prompt_tops += [tuple(sampler.top_logprobs_of(row, top)) for row in logits] if top else []
-            if not bool(logits.sum().isfinite()):
+            logits = self.model.logits(hidden[start - 1 - work.start : stop - 1 - work.start])
+            if BROKEN in likeliest(logits):
                 return False
+            for logprob, tops in scores_of(logits, tokens[start:stop], [top] * (stop - start)):
+                answer.prompt_scores.append(logprob)
+                answer.prompt_tops += [tuple(tops)] if top else []
         return True
 
     def _draw(self, drawing: list[tuple[Work, int]], hidden: torch.Tensor, on_token: OnToken | None) -> list[Ended]:
@@ -177,8 +178,10 @@ class Engine:
             return []
         ends = [at for _, at in drawing]
         logits = self.model.logits(hidden if ends == [*range(len(hidden))] else hidden[ends])
+        chosen = self._choose(drawing, logits)
+        scores = self._scores(drawing, logits, chosen)
         done: list[Ended] = []
-        for i, token in enumerate(self._choose(drawing, logits)):
+        for i, token in enumerate(chosen):
             work = drawing[i][0]
             answer = self.answers[work.sequence.request.id]
             if token == BROKEN:
@@ -189,7 +192,7 @@ class Engine:
                 done.append(self._end(answer, "error", str(token)))
                 continue
             self._digest.update(f"{work.sequence.request.id}:{token};".encode())
-            reason = self._take(answer, work, token, logits[i], on_token)
+            reason = self._take(answer, work, token, scores.get(i), on_token)
             if reason is not None:
                 done.append(self._end(answer, reason))
         return done
@@ -212,7 +215,7 @@ class Engine:
                 continue
             if params.shapes_logits:
                 try:
-                    row = shape(row.float(), params, sequence.request.prompt, answer.tokens, answer.stops)
+                    row = shape(row, params, sequence.request.prompt, answer.tokens, answer.stops)
                 except RequestError as err:
                     chosen[i] = err
                     continue
@@ -221,8 +224,23 @@ class Engine:
             chosen[i] = token
         return chosen
 
+    def _scores(
+        self, drawing: list[tuple[Work, int]], logits: torch.Tensor, chosen: list[int | RequestError]
+    ) -> dict[int, Score]:
+        """By row, where they are asked for: logprobs of the model's own distribution."""
+        tokens, tops = {}, []
+        for i, (token, (work, _)) in enumerate(zip(chosen, drawing, strict=True)):
+            params = work.sequence.request.params
+            if params.logprobs and isinstance(token, int) and token != BROKEN:
+                tokens[i] = token
+                tops.append(params.top_logprobs)
+        if not tokens:
+            return {}
+        rows = logits if len(tokens) == len(logits) else logits[[*tokens]]
+        return dict(zip(tokens, scores_of(rows, [*tokens.values()], tops), strict=True))
+
     def _take(
-        self, answer: Answer, work: Work, token: int, row: torch.Tensor, on_token: OnToken | None
+        self, answer: Answer, work: Work, token: int, score: Score | None, on_token: OnToken | None
     ) -> FinishReason | None:
         """Put the drawn token to its answer; why the answer ends with it, if it does."""
         sequence, params = answer.sequence, answer.sequence.request.params
@@ -232,12 +250,11 @@ class Engine:
             return "stop"
         self.scheduler.commit(work, token)
         logprob = None
-        if params.logprobs:
-            row = row.float()
-            logprob = float(sampler.logprobs_of(row[None], torch.tensor([token], device=row.device)))
+        if score is not None:
+            logprob, tops = score
             answer.logprobs.append(logprob)
             if params.top_logprobs:
-                answer.tops.append(tuple(sampler.top_logprobs_of(row, params.top_logprobs)))
+                answer.tops.append(tuple(tops))
         if on_token is not None:
             on_token(TokenEvent(sequence.request.id, token, logprob))
         if answer.matcher is not None:

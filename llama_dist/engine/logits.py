@@ -20,8 +20,8 @@ NEVER = float("-inf")
 def shape(
     logits: torch.Tensor, params: SamplingParams, prompt: Sequence[int], answer: Sequence[int], stops: Iterable[int]
 ) -> torch.Tensor:
-    """A row [vocab] with the request's penalties, biases and bans; `stops` may not be drawn before `min_tokens`."""
-    row = logits.clone()
+    """A row [vocab], as float32, with the request's penalties, biases and bans; before `min_tokens` no `stops` are drawn."""
+    row = logits.to(torch.float32, copy=True)
     if params.repetition_penalty != 1:
         ids = _ids({*prompt, *answer}, row)
         seen = row[ids]
@@ -43,7 +43,8 @@ def shape(
         banned |= set(stops)
     if banned:
         row[_ids(banned, row)] = NEVER
-    if not bool((row > NEVER).any()):
+    bans = params.allowed_token_ids is not None or bool(banned)
+    if bans and not bool((row > NEVER).any()):
         raise RequestError("no token may be drawn: allowed_token_ids, bad_words and min_tokens leave none")
     return row
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llama_dist.engine.sampler import log_softmax
+from llama_dist.engine.scores import scores_of
 from llama_dist.kernels import attention as pages
 from llama_dist.kernels import triton_here
 from llama_dist.kernels.build import build_name
@@ -133,11 +133,11 @@ def find_unsteady(model: Transformer) -> str | None:
     if _attention_fault(model):
         return "attention"
     wide = _numbers(ROWS, 37, like=weight)
-    logits = _numbers(ROWS, min(model.config.vocab_size, LOGITS), like=weight).float()
+    logits = _numbers(ROWS, min(model.config.vocab_size, LOGITS), like=weight)
     checks: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]] = {
         "silu": (lambda x: steady(F.silu, x), wide),
         "the norm": (model.norm, _numbers(ROWS, weight.shape[0], like=weight)),
         "the angles' cosine": (lambda x: steady(torch.cos, x), wide.float()),
-        "log_softmax": (lambda x: torch.stack([log_softmax(row) for row in x]), logits),
+        "logprobs": (lambda x: torch.tensor([own for own, _ in scores_of(x, [0] * len(x), [0] * len(x))]), logits),
     }
     return next((name for name, (function, x) in checks.items() if not _alike(function, x)), None)

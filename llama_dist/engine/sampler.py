@@ -157,20 +157,3 @@ class Wanted(NamedTuple):
     params: SamplingParams
     seed: int
     position: int
-
-
-def log_softmax(row: torch.Tensor) -> torch.Tensor:
-    """Of one row [vocab] float32. On a GPU the order of its sum depends on where in memory it begins: it is moved."""
-    return (row.clone() if row.device.type == "cuda" else row).log_softmax(0)
-
-
-def logprobs_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Natural log of the unscaled model distribution: logits [n, vocab] float32, ids [n] -> [n]."""
-    # A row at a time: what threads share of a larger tensor decides in which order a row is summed.
-    return torch.stack([log_softmax(row)[i] for row, i in zip(logits, ids, strict=True)])
-
-
-def top_logprobs_of(logits: torch.Tensor, n: int) -> list[tuple[int, float]]:
-    """(id, logprob) of the `n` likeliest tokens of a row [vocab], likeliest first, ties by rising id."""
-    _, ids = _by_probability(*logits.topk(min(n, len(logits))))
-    return list(zip(ids.tolist(), log_softmax(logits)[ids].tolist(), strict=True))

@@ -4,22 +4,16 @@
 // The draw is the greatest of logit / temperature + noise among the tokens that the filters keep. Noise is found by bounds: a
 // hash that ends v below the greatest gives at most -log(v), so most tokens are out by one product. Filters keep the likeliest
 // tokens up to some place: the greatest of all is drawn if it is kept, else only tokens likelier than it are in question.
-#include <algorithm>
-#include <cmath>
-#include <vector>
-
-#include "rows.h"
+#include "likely.h"
 
 namespace {
 
 constexpr int64_t UNSURE = -1;
 constexpr int64_t MOST_K = 256;      // of top_k; for more the definition serves
-constexpr double LOG2E = 1.4426950408889634;
 constexpr double MASS = 1e-4;        // far more than a sum of floats is off
 constexpr double NOISE = 1e-9;       // far more than two logarithms are off
 constexpr double SMALLEST = 1e-6;    // of |logit / temperature|: of smaller ones two may differ and be as likely
 constexpr float SLACK = 1.001f;      // more than a weight is off
-constexpr int64_t PART = 256;        // numbers whose sum is taken in floats
 
 // Drawn from `row`, logits; key is that of the noise. As kernels/draw.py packs it.
 struct Draw {
@@ -28,14 +22,6 @@ struct Draw {
     uint64_t key;
     double temperature, top_p, min_p;
 };
-
-INLINE double number(const float *p) { return *p; }
-INLINE double number(const bf16 *p) {
-    const uint32_t bits = uint32_t(p->bits) << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
 
 INLINE uint64_t hash(uint64_t key, uint64_t token) {
     uint64_t x = key + (token + 1) * 0x9E3779B97F4A7C15u;
@@ -71,45 +57,8 @@ template <class T> struct Row {
 
     double scaled(int64_t at) const { return number(x + at) / d.temperature; }
     bool as_likely(int64_t at) const { return std::fabs(number(x + at)) < SMALLEST * d.temperature; }
-    bool before(int64_t a, int64_t b) const {
-        const double p = number(x + a), q = number(x + b);
-        return p > q || (p == q && a < b);
-    }
+    bool before(int64_t a, int64_t b) const { return likelier(x, a, b); }
     void offer(int64_t at, Best &best) const { best.offer(at, scaled(at) + gumbel(d.key, at)); }
-
-    // Sums of the lanes that f(at) gives.
-    template <class F> double total(int64_t from, int64_t to, F f) const {
-        double whole = 0;
-        for (int64_t part = from; part < to; part += PART) {
-            Lanes lanes = all(0.0f);
-            for (int64_t at = part; at < std::min(to, part + PART); at += WIDTH) lanes = lanes + f(at);
-            whole += sum(lanes);
-        }
-        return whole;
-    }
-
-    void find_likeliest() {
-        Lanes most_yet = all(-INFINITY);
-        for (int64_t at = 0; at < n; at += WIDTH) {
-            const Lanes v = load(x + at, n - at);
-            const Lanes in = at + WIDTH <= n ? v : pick(between(0, int(n - at)), v, all(-INFINITY));
-            most_yet = pick(most_yet < in, in, most_yet);
-        }
-        greatest = most(most_yet);
-        while (likeliest + WIDTH < n && most(load(x + likeliest)) < greatest) likeliest += WIDTH;
-        while (likeliest < n - 1 && number(x + likeliest) != greatest) likeliest++;
-    }
-
-    double weigh() {
-        const Lanes top = all(float(greatest)), scale = all(float(LOG2E / d.temperature));
-        weights.resize((n + WIDTH - 1) / WIDTH * WIDTH);
-        return total(0, n, [&](int64_t at) {
-            Lanes e = exp2((load(x + at, n - at) - top) * scale);
-            if (at + WIDTH > n) e = pick(between(0, int(n - at)), e, all(0.0f));
-            store(weights.data() + at, e);
-            return e;
-        });
-    }
 
     // The weight of all tokens before `token`.
     double weight_before(int64_t token) const {
@@ -118,8 +67,8 @@ template <class T> struct Row {
         double weight = 0;
         for (int64_t at = low; at < std::min(n, high); at++)
             if (before(at, token)) weight += weights[at];
-        weight += total(0, low, [&](int64_t at) { return pick(load(x + at) < here, all(0.0f), load(weights.data() + at)); });
-        return weight + total(high, n, [&](int64_t at) {
+        weight += lanes_total(0, low, [&](int64_t at) { return pick(load(x + at) < here, all(0.0f), load(weights.data() + at)); });
+        return weight + lanes_total(high, n, [&](int64_t at) {
                    return pick(here < load(x + at, n - at), load(weights.data() + at), all(0.0f));
                });
     }
@@ -156,7 +105,8 @@ template <class T> struct Row {
     }
 
     int64_t among_all() {
-        const double whole = weigh();
+        weights.resize((n + WIDTH - 1) / WIDTH * WIDTH);
+        const double whole = weigh(x, n, greatest, d.temperature, [&](int64_t at, Lanes e) { store(weights.data() + at, e); });
         for (int64_t limit = -1;;) {
             const Best best = noisiest(limit);
             if (!best.sure()) return UNSURE;
@@ -173,20 +123,7 @@ template <class T> struct Row {
     }
 
     int64_t among_few() const {
-        std::vector<int64_t> few;
-        auto order = [&](int64_t a, int64_t b) { return before(a, b); };  // the heap's front is the least likely
-        for (int64_t at = 0; at < n; at++) {
-            if (int64_t(few.size()) == d.top_k) {
-                const double least = number(x + few.front());
-                while (at + WIDTH < n && most(load(x + at)) <= least) at += WIDTH;
-                if (number(x + at) <= least) continue;
-                std::pop_heap(few.begin(), few.end(), order);
-                few.pop_back();
-            }
-            few.push_back(at);
-            std::push_heap(few.begin(), few.end(), order);
-        }
-        std::sort_heap(few.begin(), few.end(), order);
+        const std::vector<int64_t> few = likeliest_few(x, n, d.top_k);
         double whole = 0, mass = 0;
         std::vector<double> share;
         for (int64_t at : few) {
@@ -209,7 +146,9 @@ template <class T> struct Row {
     }
 
     int64_t draw() {
-        find_likeliest();
+        likeliest = likeliest_of(x, n);
+        greatest = number(x + likeliest);
+        if (d.temperature == 0) return likeliest;
         if (!(std::fabs(greatest) < INFINITY)) return UNSURE;
         if (d.top_k <= 0 || d.top_k >= n) return among_all();
         return d.top_k <= MOST_K ? among_few() : UNSURE;
