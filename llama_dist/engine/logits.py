@@ -20,7 +20,7 @@ NEVER = float("-inf")
 def shape(
     logits: torch.Tensor, params: SamplingParams, prompt: Sequence[int], answer: Sequence[int], stops: Iterable[int]
 ) -> torch.Tensor:
-    """A row [vocab], as float32, with the request's penalties, biases and bans; before `min_tokens` no `stops` are drawn."""
+    """A row [vocab], as float32, with the request's penalties, biases and bans; no `stops` before `min_tokens`."""
     row = logits.to(torch.float32, copy=True)
     if params.repetition_penalty != 1:
         ids = _ids({*prompt, *answer}, row)
