@@ -7,17 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from llama_dist.engine.scores import Score, score_twin, scores_of
+from llama_dist.engine.scores import Score, scores_of, scores_twin
 from tests.kernel_cases import DTYPES, need_kernels
 
 Ways = Callable[[torch.Tensor, list[int], list[int]], list[Score]]
 
 
-def twins(logits: torch.Tensor, tokens: list[int], tops: list[int]) -> list[Score]:
-    return [score_twin(row.float(), token, top) for row, token, top in zip(logits, tokens, tops, strict=True)]
-
-
-@pytest.fixture(params=[scores_of, twins], ids=["C++", "torch"])
+@pytest.fixture(params=[scores_of, scores_twin], ids=["C++", "torch"])
 def ways(request: pytest.FixtureRequest) -> Ways:
     if request.param is scores_of:
         need_kernels()
@@ -60,3 +56,16 @@ def test_a_row_has_the_same_bits_among_others(dtype: torch.dtype) -> None:
 def test_far_logits_do_not_overflow(ways: Ways) -> None:
     [(own, [(first, best)])] = ways(torch.tensor([[1e4, -1e4, 0.0]]), [1], [1])
     assert own == -2e4 and (first, best) == (0, 0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_scores_as_a_cpu_does() -> None:
+    torch.manual_seed(2)
+    logits, tokens, tops = (torch.randn(8, 128_256) * 3).bfloat16(), [*range(8)], [0, 1, 5, 20, 0, 3, 5, 5]
+    for (own, likeliest), (want, wanted) in zip(
+        scores_of(logits.cuda(), tokens, tops), scores_twin(logits, tokens, tops), strict=True
+    ):
+        assert own == pytest.approx(want, abs=1e-5)
+        assert [i for i, _ in likeliest] == [i for i, _ in wanted]
+        assert [x for _, x in likeliest] == pytest.approx([x for _, x in wanted], abs=1e-5)
