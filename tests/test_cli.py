@@ -132,7 +132,7 @@ def test_a_missing_required_flag_is_named(command: str) -> None:
         ("bench --shape tiny --against vllm,vllm=x", "--against is 'vllm,vllm=x', must be some of"),
         (
             "bench --shape tiny --work decode,sleep",
-            "--work is 'decode,sleep', must be some of decode,prefill,batch,reproducible",
+            "--work is 'decode,sleep', must be some of decode,sampled,prefill,batch,reproducible",
         ),
         ("bench --shape tiny --repeats 0", "--repeats is 0, must be 1 or more"),
         ("bench --shape tiny --scale --against vllm", "exclude each other; make two runs"),
