@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_dist.engine.device_draws import UNSURE, draw_rows
+from llama_dist.engine.device_draws import draw_rows
 from llama_dist.engine.draws import compiled_draw, draw_all
 from llama_dist.engine.sampler import Wanted, sample
+from llama_dist.kernels.draw import UNSURE
 from llama_dist.request import SamplingParams
 from tests.kernel_cases import need_kernels
 

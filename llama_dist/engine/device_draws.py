@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from llama_dist.engine.sampler import Wanted, gumbel_of, noise_key, signed
+from llama_dist.kernels.draw import UNSURE
 
-UNSURE = -1
 ROUNDS = 6  # candidates a row is tried with before it is left to the sampler
 NUMBERS = 1 << 20  # logits at once, which bounds what is allocated beside them
 MOST_K = 256
@@ -52,9 +52,8 @@ def _few(wanted: Sequence[Wanted]) -> torch.Tensor:
     whole, least = _kept(weights, ks)
     noisy = noisy.masked_fill(weights < torch.maximum(least, min_p - CLOSE), float("-inf"))
     found = torch.full_like(keys, UNSURE)
-    may = torch.tensor(
-        [[k == vocab or k <= MOST_K] for k in ks], device=device
-    )  # rows that have no token yet and may get one
+    # Rows that have no token yet and may get one.
+    may = torch.tensor([[k == vocab or k <= MOST_K] for k in ks], device=device)
     for _ in range(ROUNDS):
         best, sure = _greatest(noisy)
         logit, weight = rows.gather(1, best), weights.gather(1, best)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llama_dist.engine.device_draws import UNSURE, draw_rows
+from llama_dist.engine.device_draws import draw_rows
 from llama_dist.engine.sampler import Wanted, noise_key, sample
-from llama_dist.kernels.draw import Draw, draw
+from llama_dist.kernels.draw import UNSURE, Draw, draw
 
 
 def draw_all(wanted: Sequence[Wanted]) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from llama_dist.kernels import build
 
 DTYPES = (torch.bfloat16, torch.float32)
+UNSURE = -1  # in a token's place
 DRAW = struct.Struct("=qqqQddd")  # as in draw.cpp
 
 
@@ -33,10 +34,10 @@ def _compiled() -> Any:
 
 
 def draw(draws: Sequence[Draw]) -> list[int]:
-    """The token of each; -1 where rounding might decide, or where C++ cannot: `sampler.sample_top_p` decides there."""
+    """The token of each; UNSURE where rounding might decide, or C++ cannot: `sampler.sample_top_p` decides there."""
     first = draws[0].row
     if first.device.type != "cpu" or _compiled() is None or any(d.row.dtype not in DTYPES for d in draws):
-        return [-1] * len(draws)
+        return [UNSURE] * len(draws)
     packed = bytearray()
     for row, key, temperature, top_p, top_k, min_p in draws:
         assert row.shape == first.shape and row.is_contiguous(), "rows of one length, each in one piece"

@@ -146,7 +146,7 @@ template <class T> struct Row {
     }
 
     int64_t draw() {
-        likeliest = likeliest_of(x, n);
+        likeliest = likeliest_of(x, n).at;
         greatest = number(x + likeliest);
         if (d.temperature == 0) return likeliest;
         if (!(std::fabs(greatest) < INFINITY)) return UNSURE;

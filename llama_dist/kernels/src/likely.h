@@ -26,18 +26,30 @@ template <class T> INLINE bool likelier(const T *x, int64_t a, int64_t b) {
     return p > q || (p == q && a < b);
 }
 
-template <class T> int64_t likeliest_of(const T *x, int64_t n) {
-    Lanes most_yet = all(-INFINITY);
-    for (int64_t at = 0; at < n; at += WIDTH) {
-        const Lanes v = load(x + at, n - at);
-        const Lanes in = at + WIDTH <= n ? v : pick(between(0, int(n - at)), v, all(-INFINITY));
-        most_yet = pick(most_yet < in, in, most_yet);
+struct Likeliest {
+    int64_t at;   // the first of the greatest
+    bool finite;  // whether all numbers are; a NaN is never the greatest
+};
+
+template <class T> Likeliest likeliest_of(const T *x, int64_t n) {
+    Lanes greatest = all(-INFINITY), found_at = all(0.0f), faults = all(0.0f);
+    for (int64_t i = 0; i < n; i += WIDTH) {
+        Lanes v = load(x + i, n - i);
+        faults = fma(v, all(0.0f), faults);  // 0, or NaN for ever
+        if (n - i < WIDTH) v = pick(between(0, int(n - i)), v, all(-INFINITY));
+        const Mask more = greatest < v;
+        greatest = pick(more, v, greatest);
+        found_at = pick(more, all(float(i / WIDTH)), found_at);
     }
-    const float greatest = most(most_yet);
-    int64_t at = 0;
-    while (at + WIDTH < n && most(load(x + at)) < greatest) at += WIDTH;
-    while (at < n - 1 && number(x + at) != greatest) at++;
-    return at;
+    float values[WIDTH], places[WIDTH];
+    store(values, greatest);
+    store(places, found_at);
+    int64_t best = 0, at = int64_t(places[0]) * WIDTH;
+    for (int lane = 1; lane < WIDTH; lane++) {
+        const int64_t place = int64_t(places[lane]) * WIDTH + lane;
+        if (values[lane] > values[best] || (values[lane] == values[best] && place < at)) best = lane, at = place;
+    }
+    return {at, sum(faults) == 0};
 }
 
 // The `k` likeliest, likeliest first.

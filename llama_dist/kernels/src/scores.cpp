@@ -11,7 +11,7 @@ struct Score {
 
 template <class T> void score(const Score &s, int64_t n, float *of_token, int64_t *tops, float *of_tops) {
     const T *x = static_cast<const T *>(s.row);
-    const double greatest = number(x + likeliest_of(x, n));
+    const double greatest = number(x + likeliest_of(x, n).at);
     const double whole = std::log(weigh(x, n, greatest, 1.0, [](int64_t, Lanes) {}));
     auto logprob = [&](int64_t token) { return float(number(x + token) - greatest - whole); };
     *of_token = logprob(s.token);

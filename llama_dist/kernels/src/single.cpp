@@ -1,7 +1,5 @@
 // What is done with single rows: an embedding taken out of its panel, the likeliest token of a row of logits.
-#include <algorithm>
-#include <cmath>
-
+#include "likely.h"
 #include "pairs.h"
 
 namespace {
@@ -9,25 +7,8 @@ namespace {
 // The first of the greatest of n numbers, or -1 where one of them is not finite.
 template <class T>
 int64_t likeliest(const T *row, int64_t n) {
-    Lanes greatest = all(-INFINITY), found_at = all(0.0f), faults = all(0.0f);
-    for (int64_t i = 0; i < n; i += WIDTH) {
-        Lanes x = load(row + i, n - i);
-        faults = fma(x, all(0.0f), faults);  // 0, or NaN for ever
-        if (n - i < WIDTH) x = pick(between(0, int(n - i)), x, all(-INFINITY));
-        const Mask more = greatest < x;
-        greatest = pick(more, x, greatest);
-        found_at = pick(more, all(float(i / WIDTH)), found_at);
-    }
-    if (!(sum(faults) == 0)) return -1;
-    float values[WIDTH], places[WIDTH];
-    store(values, greatest);
-    store(places, found_at);
-    int64_t best = 0, at = int64_t(places[0]) * WIDTH;
-    for (int lane = 1; lane < WIDTH; lane++) {
-        const int64_t place = int64_t(places[lane]) * WIDTH + lane;
-        if (values[lane] > values[best] || (values[lane] == values[best] && place < at)) best = lane, at = place;
-    }
-    return at;
+    const Likeliest found = likeliest_of(row, n);
+    return found.finite ? found.at : -1;
 }
 
 template <class T>
