@@ -1,11 +1,11 @@
-# Sourced by test.sh: installs, from Debian or Ubuntu, the daemons that some tests start.
+# Sourced by test.sh: installs, from Debian or Ubuntu, what some tests need: daemons, and headers of C++.
 
-# ready_commands "COMMAND ..." PACKAGE ...: returns 0 if the commands are there, or can be installed.
+# ready_commands "COMMAND ..." PACKAGE ...: returns 0 if the commands, or files by their paths, are there or can be installed.
 ready_commands() {
     local name missing="" root_by=()
     PATH="$PATH:/usr/sbin:/sbin"
     for name in $1; do
-        command -v "$name" >/dev/null || missing+=" $name"
+        [[ -e "$name" ]] || command -v "$name" >/dev/null || missing+=" $name"
     done
     [[ "$missing" ]] || return 0
     ((EUID == 0)) || root_by=(sudo -n)

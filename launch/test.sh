@@ -11,6 +11,8 @@ cd "$root"
 "$python" -m tests.assets >/dev/null || [[ "${CI:-}" != true ]] || die "the tests' files could not be fetched"
 # A Slurm of the tests' own; without it those tests are skipped.
 ready_commands "slurmctld slurmd munged pkill" slurm-wlm munge procps || [[ "${CI:-}" != true ]] || die "Slurm could not be installed"
+# AVX-512 for processors without it.
+ready_commands /usr/include/simde/x86/avx512.h libsimde-dev || [[ "${CI:-}" != true ]] || die "SIMDe could not be installed"
 "$python" -m ruff check llama_dist tests launch
 "$python" -m ruff format --check -q llama_dist tests launch
 "$python" -m mypy
