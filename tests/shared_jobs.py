@@ -15,7 +15,7 @@ import torch
 from llama_dist.config import RunConfig
 from llama_dist.errors import LlamaDistError
 from llama_dist.kernels import build
-from llama_dist.kernels.program import Program
+from llama_dist.kernels.program import Call, Program
 from llama_dist.kernels.tree import roots, total
 from llama_dist.parallel import control, layers, shared
 from llama_dist.parallel.world import World, join, leave
@@ -85,9 +85,10 @@ def stress(rounds: int, most: int, seed: int) -> None:
 
 def run(program: Program, n: int) -> None:
     """A program without attention, for n rows."""
-    whole, rows = torch.zeros(1, 1), torch.zeros(n, dtype=torch.int64)
-    one = torch.zeros(1, dtype=torch.int32)
-    program.run(n, rows, 16, one.view(1, 1), one, one + 1, whole, whole)
+    angles, rows = torch.zeros(1, 1), torch.zeros(n, dtype=torch.int64)
+    zero, one = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    where = [t.data_ptr() for t in (rows, rows, rows, zero, zero, one, angles, angles)]
+    program.run(Call(n, 1, 1, 16, 1, 1, *where))
 
 
 def programs(n_threads: int) -> None:

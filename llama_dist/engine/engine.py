@@ -22,7 +22,7 @@ from llama_dist.engine.scores import Score, scores_of
 from llama_dist.engine.stats import EngineStats
 from llama_dist.errors import RequestError
 from llama_dist.kernels.single import likeliest
-from llama_dist.model.cache import KVCache, Span, make_batch
+from llama_dist.model.cache import KVCache, Span, lay
 from llama_dist.model.transformer import Transformer
 from llama_dist.parallel.control import check
 from llama_dist.parallel.world import World
@@ -149,7 +149,8 @@ class Engine:
             )
             end += work.length
             ends.append(end)
-        return self.model(make_batch(rows, self.world.device), self.cache), ends
+        drawn = end == len(batch) and all(work.last for work in batch)
+        return self.model(lay(rows, self.world.device), self.cache, drawn), ends
 
     def _count(self, work: Work) -> None:
         sequence = work.sequence
@@ -209,10 +210,10 @@ class Engine:
         chosen: list[int | RequestError] = [*likeliest(logits)]
         wanted: dict[int, sampler.Wanted] = {}
         for i, (work, _) in enumerate(drawing):
-            sequence, row = work.sequence, logits[i]
-            answer, params = self.answers[sequence.request.id], sequence.request.params
+            sequence, params = work.sequence, work.sequence.request.params
             if chosen[i] == BROKEN or (params.temperature == 0 and not params.shapes_logits):
                 continue
+            answer, row = self.answers[sequence.request.id], logits[i]
             if params.shapes_logits:
                 try:
                     row = shape(row, params, sequence.request.prompt, answer.tokens, answer.stops)

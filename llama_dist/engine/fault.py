@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from llama_dist.engine.scheduler import Sequence
-from llama_dist.model.cache import PAGE_SIZE, Span, make_batch
+from llama_dist.model.cache import PAGE_SIZE, Span, lay
 from llama_dist.model.transformer import Transformer
 from llama_dist.parallel.control import collect
 from llama_dist.parallel.layers import VocabParallelEmbedding, product
@@ -52,7 +52,7 @@ def find_fault(model: Transformer, world: World, sequence: Sequence) -> str:
         for start in range(0, len(tokens), CHUNK):
             chunk = tokens[start : start + CHUNK]
             span = Span(pages, start, len(chunk), sequence.prompt_len)
-            model.logits(model(make_batch([(span, chunk)], world.device), cache)[-1:])
+            model.logits(model(lay([(span, chunk)], world.device), cache)[-1:])
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,7 +10,7 @@ import functools
 import struct
 from collections.abc import Callable, Sequence
 from ctypes import byref, c_char_p, c_int, c_int64, c_void_p
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,10 +18,33 @@ from llama_dist.kernels import build, quantized
 from llama_dist.kernels.tree import Node
 from llama_dist.quant.packed import Packed
 
-KINDS = 9
-NORM, LINEAR, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES = range(KINDS)  # as in program.h
+NORM, LINEAR, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES, EMBED = range(10)  # as in program.h
+HEAD, CLOCKS = 10, 11  # the head's products have a clock of their own
 OP = struct.Struct("=16q")
-STEP = struct.Struct("=12q")
+STEP = struct.Struct("=16q")
+
+
+class Call(NamedTuple):
+    """What changes from call to call, as in program.h: sizes, then addresses.
+
+    Of the n tokens, int64 [n]: ids below `vocab`, slots of the cache below `n_slots`, and rows of cos and sin, float32
+    [n_angles, head_dim / 2]. Of the spans, int32: tables [spans, pages], starts and counts [spans].
+    """
+
+    n: int
+    spans: int
+    pages: int
+    n_slots: int
+    vocab: int
+    n_angles: int
+    tokens: int
+    slots: int
+    angles: int
+    tables: int
+    starts: int
+    counts: int
+    cos: int
+    sin: int
 
 
 @functools.cache
@@ -44,12 +67,15 @@ def pack(nodes: tuple[tuple[Node, ...], ...]) -> tuple[torch.Tensor, torch.Tenso
 class Program:
     """Operations in order, for up to `most` rows of `dtype` (bfloat16 or float32), on the CPU.
 
-    `seconds`, where there is one, float64 [KINDS]: what the operations of each kind take is added to it.
+    `seconds`, where there is one, float64 [CLOCKS]: what the operations of each kind take is added to it.
     """
 
     def __init__(self, most: int, dtype: torch.dtype) -> None:
         self.most, self.dtype = most, dtype
         self._parts: list[bytearray | Callable[[int], None]] = []
+        self._clock: int | None = None
+        self._headless = 0, 0  # parts, and operations of the last of them, before the head
+        self._ready: dict[bool, list[tuple[bytes, int] | Callable[[int], None]]] = {}  # as they are run, by `head`
         self._rows: dict[str, torch.Tensor] = {}
         self._held: list[torch.Tensor] = []
         self.seconds: torch.Tensor | None = None
@@ -71,6 +97,12 @@ class Program:
         """Have `function` called with the number of rows at this place."""
         self._parts.append(function)
 
+    def head(self) -> None:
+        """What is added from now on is the output head, which `run` leaves out where it is told so."""
+        last = self._parts[-1]
+        assert isinstance(last, bytearray), "a product comes before the head"
+        self._clock, self._headless = HEAD, (len(self._parts), len(last) // OP.size)
+
     def _add(self, kind: int, *values: int | torch.Tensor | None) -> None:
         self._held += [v for v in values if isinstance(v, torch.Tensor)]
         numbers = [v.data_ptr() if isinstance(v, torch.Tensor) else v or 0 for v in values]
@@ -78,7 +110,18 @@ class Program:
             self._parts.append(bytearray())
         part = self._parts[-1]
         assert isinstance(part, bytearray)
-        part += OP.pack(kind, *numbers, *[0] * (15 - len(numbers)))
+        part += OP.pack(kind, kind if self._clock is None else self._clock, *numbers, *[0] * (14 - len(numbers)))
+
+    def embed(self, w: torch.Tensor | Packed, first: int, rows: int, plus: bool, out: torch.Tensor) -> None:
+        """out [most, width], packed = row id - `first` of w for each token; zeros where w's `rows` do not have it.
+
+        w is rows, or exact in one unit. `plus`: a -0 becomes 0, as in a sum.
+        """
+        if isinstance(w, Packed):
+            assert w.scheme.exact and w.n_units == 1 and w.codes.is_contiguous(), (w.scheme, w.n_units)
+            self._add(EMBED, w.codes, w.codes.stride(0) // out.element_size(), 1, first, rows, plus, out.shape[1], out)
+        else:
+            self._add(EMBED, w, w.stride(0), 0, first, rows, plus, out.shape[1], out)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, groups: int = 1) -> None:
         """RMS norms over the `groups` parts of each row of x, each times weight [width / groups]; out may be x."""
@@ -168,32 +211,32 @@ class Program:
         counts, packed = pack(nodes)
         self._add(SHARED_PLANES, segment, rank, planes, planes.stride(0), counts, packed, y, y.shape[1])
 
-    def run(
-        self,
-        n: int,
-        slots: torch.Tensor,
-        n_slots: int,
-        tables: torch.Tensor,
-        starts: torch.Tensor,
-        lengths: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-    ) -> None:
-        """Compute all of it for `n` rows; tensors are as in `rope_write` and `attend`. IndexError outside the cache."""
-        assert n <= self.most, f"{n} rows, room for {self.most}"
-        small = (slots, tables, starts, lengths, cos, sin)
-        seconds = 0 if self.seconds is None else self.seconds.data_ptr()
-        where = [t.data_ptr() for t in small]
-        step = STEP.pack(self.dtype == torch.bfloat16, n, len(starts), tables.shape[1], n_slots, *where, seconds)
-        for part in self._parts:
-            if not isinstance(part, bytearray):
-                part(n)
+    def run(self, call: Call, head: bool = True) -> None:
+        """Compute all of it for the call's rows, or all before the head. IndexError outside the cache."""
+        assert call.n <= self.most, f"{call.n} rows, room for {self.most}"
+        step = STEP.pack(self.dtype == torch.bfloat16, *call, 0 if self.seconds is None else self.seconds.data_ptr())
+        for part in self._ready.get(head) or self._make_ready(head):
+            if not isinstance(part, tuple):
+                part(call.n)
                 continue
             lost = c_int(0)
-            fault = _compiled()(bytes(part), len(part) // OP.size, step, torch.get_num_threads(), byref(lost))
+            fault = _compiled()(*part, step, torch.get_num_threads(), byref(lost))
             if lost.value:
                 assert self._lost is not None
                 raise self._lost(lost.value)
             if fault:
-                what = f"span {fault - 1} has pages" if fault > 0 else f"token {-fault - 1} has a slot"
-                raise IndexError(f"{what} outside the cache, which has {n_slots} slots")
+                what = f"span {fault - 1} has pages" if fault > 0 else f"token {-fault - 1} has an id, angles or a slot"
+                held = f"{call.vocab} ids, {call.n_slots} slots and {call.n_angles} angles"
+                raise IndexError(f"{what} outside of what there is: {held}")
+
+    def _make_ready(self, head: bool) -> list[tuple[bytes, int] | Callable[[int], None]]:
+        n_parts, n_last = (len(self._parts), None) if head else self._headless
+        ready: list[tuple[bytes, int] | Callable[[int], None]] = []
+        for i, part in enumerate(self._parts[:n_parts], 1):
+            if isinstance(part, bytearray):
+                last = n_last if i == n_parts else None
+                ready.append((bytes(part), len(part) // OP.size if last is None else last))
+            else:
+                ready.append(part)
+        self._ready[head] = ready
+        return ready

@@ -23,10 +23,10 @@ def likeliest(logits: torch.Tensor) -> list[int]:
     if logits.device.type != "cpu" or logits.dtype not in DTYPES or _compiled() is None:
         return likeliest_twin(logits)
     assert logits.stride(1) == 1 and logits.shape[1], "rows in one piece"
-    found = torch.empty(len(logits), dtype=torch.int64)
+    found = (c_int64 * logits.shape[0])()
     bf16 = logits.dtype == torch.bfloat16
-    _compiled()(bf16, logits.data_ptr(), logits.stride(0), *logits.shape, found.data_ptr(), torch.get_num_threads())
-    return found.tolist()
+    _compiled()(bf16, logits.data_ptr(), logits.stride(0), *logits.shape, found, torch.get_num_threads())
+    return list(found)
 
 
 def likeliest_twin(logits: torch.Tensor) -> list[int]:

@@ -60,7 +60,33 @@ def _place(span: Span, device: torch.device) -> int | torch.Tensor:
     return slots.flatten()[: span.stop].to(device)
 
 
-def make_batch(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device) -> Batch:
+@dataclass(frozen=True)
+class Laid:
+    """A batch as numbers of the host, which C++ reads where they are; `batch` has them as tensors of the device."""
+
+    of_tokens: array[int]  # int64: n tokens, n positions, n lengths, n slots
+    of_spans: array[int]  # int32: tables [spans, width], starts, counts
+    spans: tuple[Span, ...]
+    width: int
+    stop: int
+    device: torch.device
+
+    @property
+    def n(self) -> int:
+        return len(self.of_tokens) // 4
+
+    @functools.cached_property
+    def batch(self) -> Batch:
+        """Made when first asked for: a program does not need it."""
+        of_tokens = torch.frombuffer(self.of_tokens, dtype=torch.int64).to(self.device)
+        of_spans = torch.frombuffer(self.of_spans, dtype=torch.int32).to(self.device)
+        n = len(self.spans)
+        tables, starts, counts = of_spans.split((n * self.width, n, n))  # type: ignore[no-untyped-call]
+        a, b, c, d = of_tokens.view(4, -1).unbind()
+        return Batch(a, b, c, d, self.spans, tables.view(n, self.width), starts, counts, self.stop)
+
+
+def lay(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device) -> Laid:
     """Lay spans with their tokens end to end."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -68,27 +94,23 @@ def make_batch(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device)
     slots: list[int] = []
     for span, ids in rows:
         assert len(ids) == span.length, f"span of {span.length} tokens came with {len(ids)}"
-        tokens.extend(ids)
+        tokens += ids
         places = range(span.start, span.stop)
-        positions.extend(places)
-        lengths.extend(max(p + 1, span.prompt_len) for p in places)
-        slots.extend(span.pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in places)
-    # Through arrays: they become a tensor at once, lists a number at a time.
-    of_tokens = torch.frombuffer(array("q", [*tokens, *positions, *lengths, *slots]), dtype=torch.int64).to(device)
+        positions += places
+        lengths += [max(p + 1, span.prompt_len) for p in places]
+        slots += [span.pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in places]
     spans = tuple(span for span, _ in rows)
     stop = max(span.stop for span in spans)
     width = -(-stop // PAGE_SIZE)
-    pages: list[int] = []
+    numbers: list[int] = []
     for span in spans:
         held = span.pages[: -(-span.stop // PAGE_SIZE)]
-        pages += held
-        pages += [0] * (width - len(held))
-    sizes = [*(span.start for span in spans), *(span.length for span in spans)]
-    of_spans = torch.frombuffer(array("i", [*pages, *sizes]), dtype=torch.int32).to(device)
-    n = len(spans)
-    tables, starts, counts = of_spans.split((n * width, n, n))  # type: ignore[no-untyped-call]
-    a, b, c, d = of_tokens.view(4, -1).unbind()
-    return Batch(a, b, c, d, spans, tables.view(n, width), starts, counts, stop)
+        numbers += held
+        numbers += [0] * (width - len(held))
+    numbers += [span.start for span in spans]
+    numbers += [span.length for span in spans]
+    of_tokens = array("q", tokens + positions + lengths + slots)
+    return Laid(of_tokens, array("i", numbers), spans, width, stop, device)
 
 
 class KVCache:

@@ -72,8 +72,13 @@ class Rope:
         """
         if self.dynamic:
             return self._of(positions, self._dynamic(lengths))
-        if stop > len(self._known[0]):
-            known = torch.arange(max(FIRST, 2 ** (stop - 1).bit_length()), device=positions.device)
-            self._known = self._of(known, self.freqs)
-        cos, sin = self._known
+        cos, sin = self.known(stop)
         return cos.index_select(0, positions), sin.index_select(0, positions)
+
+    def known(self, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, float32 [at least `stop`, 1, head_dim / 2], of all positions; not for dynamic scaling."""
+        assert not self.dynamic, "angles of a position alone"
+        if stop > len(self._known[0]):
+            positions = torch.arange(max(FIRST, 2 ** (stop - 1).bit_length()), device=self.freqs.device)
+            self._known = self._of(positions, self.freqs)
+        return self._known

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 from torch import nn
 
@@ -9,10 +11,10 @@ from llama_dist.config import ModelConfig
 from llama_dist.kernels import program as programs
 from llama_dist.kernels.attention import compiled_for, paged
 from llama_dist.kernels.linear import FEW, compiled
-from llama_dist.kernels.program import Program
+from llama_dist.kernels.program import Call, Program
 from llama_dist.kernels.small import silu_mul
 from llama_dist.model.attention import Attention
-from llama_dist.model.cache import PAGE_SIZE, Batch, KVCache
+from llama_dist.model.cache import PAGE_SIZE, Batch, KVCache, Laid
 from llama_dist.model.norm import RMSNorm
 from llama_dist.model.recordings import Record, Recordings, recorder
 from llama_dist.model.rope import Rope
@@ -28,6 +30,8 @@ from llama_dist.parallel.layers import (
 )
 from llama_dist.parallel.units import Units
 from llama_dist.quant.packed import Packed
+
+INT32, INT64 = 4, 8  # bytes
 
 MOST = 64  # rows of a program, where any number could be: beyond, a call an operation costs next to nothing
 
@@ -93,6 +97,8 @@ class Transformer(nn.Module):
         self.program: tuple[KVCache, Program] | None = None
         self.recordings: tuple[KVCache, Recordings] | None = None
         self._laid: tuple[KVCache, int] | None = None  # what it was laid out for last
+        self._scored: tuple[torch.Tensor, torch.Tensor] | None = None  # hidden states, and logits computed with them
+        self._views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by the number of rows, what the program leaves
 
     def weights(self) -> dict[str, tuple[torch.Tensor | Packed, Placement]]:
         """By its logical name each weight, and the part of the logical tensor that it holds; a shared one once."""
@@ -145,6 +151,7 @@ class Transformer(nn.Module):
         most = MOST if any_number else FEW
         program = Program(most, weight.dtype)
         x, normed = program.rows("x", self.config.dim), program.rows("normed", self.config.dim)
+        self.tok_embeddings.lay(program, x)
         layers: list[Block] = list(self.layers)  # type: ignore[arg-type]
         norms = [layer.attention_norm for layer in layers] + [self.norm]
         program.norm(x, norms[0].weight, norms[0].eps, normed)
@@ -153,7 +160,10 @@ class Transformer(nn.Module):
             program.add_norm(x, y, x, layer.ffn_norm.weight, layer.ffn_norm.eps, normed)
             y = layer.feed_forward.lay(program, normed)
             program.add_norm(x, y, x, after.weight, after.eps, normed)
-        self.program = cache, program
+        program.head()
+        head = self.output.weight
+        program.linear(normed, head, None, program.rows("logits", self.output.output_size_per_partition))
+        self.program, self._views = (cache, program), {}
 
     def record(self, cache: KVCache, max_seq_len: int, record: Record) -> None:
         """Have passes of one token a sequence over this cache recorded with `record`, and played, from now on."""
@@ -169,33 +179,56 @@ class Transformer(nn.Module):
         if self._laid is not None:
             self.lay_out(*self._laid)
 
-    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+    def forward(self, laid: Laid, cache: KVCache, scored: bool = False) -> torch.Tensor:
         """Run the batch's tokens through all layers, writing the cache: the last hidden states, normed, [n, dim].
 
-        They may be overwritten by the next call.
+        They may be overwritten by the next call. `scored`: `logits` of all of them will be asked for next, so these may
+        be computed at once.
         """
-        if self.recordings is not None and self.recordings[0] is cache and self.recordings[1].serves(batch):
-            return self.recordings[1].run(batch)
-        return self._layers(batch, cache)
+        self._scored = None
+        if self.program is not None and self.program[0] is cache and laid.n <= self.program[1].most:
+            return self._run(self.program[1], laid, cache, scored)
+        if self.recordings is not None and self.recordings[0] is cache and self.recordings[1].serves(laid.batch):
+            return self.recordings[1].run(laid.batch)
+        return self._layers(laid.batch, cache)
 
     def _layers(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         angles = self.rope.angles(batch.positions, batch.lengths, batch.stop)
         x = self.tok_embeddings(batch.tokens)
-        if self.program is not None and self.program[0] is cache and len(x) <= self.program[1].most:
-            return self._run(self.program[1], x, batch, angles, cache)
         for layer in self.layers:
             x = layer(x, batch, angles, cache)
         return self.norm(x)  # type: ignore[no-any-return]
 
-    def _run(
-        self, program: Program, x: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor], cache: KVCache
-    ) -> torch.Tensor:
-        n = len(x)
-        program.rows("x", self.config.dim)[:n] = x
-        n_slots = cache.n_pages * PAGE_SIZE
-        program.run(n, batch.slots, n_slots, batch.tables, batch.starts, batch.counts, *angles)
-        return program.rows("normed", self.config.dim)[:n]
+    def _run(self, program: Program, laid: Laid, cache: KVCache, scored: bool) -> torch.Tensor:
+        n, n_spans, vocab = laid.n, len(laid.spans), self.config.vocab_size
+        tokens, tables = laid.of_tokens.buffer_info()[0], laid.of_spans.buffer_info()[0]
+        starts = tables + INT32 * n_spans * laid.width
+        slots, counts = tokens + 3 * INT64 * n, starts + INT32 * n_spans
+        if self.rope.dynamic:
+            cos, sin = self.rope.angles(laid.batch.positions, laid.batch.lengths, laid.stop)
+            held = array("q", range(n))
+            rows = held.buffer_info()[0]
+        else:
+            cos, sin = self.rope.known(laid.stop)
+            rows = tokens + INT64 * n  # the positions
+        sizes = (n, n_spans, laid.width, cache.n_pages * PAGE_SIZE, vocab, cos.shape[0])
+        program.run(Call(*sizes, tokens, slots, rows, tables, starts, counts, cos.data_ptr(), sin.data_ptr()), scored)
+        if n not in self._views:
+            parts = program.rows("logits", self.output.output_size_per_partition)[:n]
+            self._views[n] = (
+                program.rows("normed", self.config.dim)[:n],
+                parts[:, :vocab] if self.n_ranks == 1 else parts,
+            )
+        hidden, logits = self._views[n]
+        if scored:
+            self._scored = hidden, logits if self.n_ranks == 1 else gather(logits)[:, :vocab]
+        return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [n, dim] -> logits [n, vocab_size] in the weights' dtype, whole on every rank."""
+        """Hidden states [n, dim] -> logits [n, vocab_size] in the weights' dtype, whole on every rank.
+
+        They may be overwritten by the next call of `forward`.
+        """
+        if self._scored is not None and self._scored[0] is hidden:
+            return self._scored[1]
         return gather(self.output(hidden))[:, : self.config.vocab_size]

@@ -312,3 +312,15 @@ class VocabParallelEmbedding(fs_layers.VocabParallelEmbedding):  # type: ignore[
         outside = (ids < self.vocab_start_index) | (ids >= self.vocab_end_index)
         local = (ids - self.vocab_start_index).masked_fill(outside, 0)
         return reduce(self.held(local).masked_fill(outside[:, None], 0))
+
+    def lay(self, program: Program, y: torch.Tensor) -> None:
+        """Append it to a program, its reduction too: y's rows become those of the call's tokens."""
+        n_held = self.vocab_end_index - self.vocab_start_index
+        program.embed(self.weight, self.vocab_start_index, n_held, self.reproducible, y)
+        if fs.get_model_parallel_world_size() == 1:
+            return
+        memory = shared.of(fs.get_model_parallel_group())
+        if memory is not None:
+            program.shared_sum(y, memory.address, memory.rank, memory.lost)
+        else:
+            program.call(lambda n: _reduce(y[:n]))

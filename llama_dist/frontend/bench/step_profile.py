@@ -30,7 +30,7 @@ TARGETS = (
     ("engine.engine", "Engine.step", PYTHON),
     ("engine.engine", "Engine._draw", SAMPLING),
     ("engine.engine", "Engine._take", PYTHON),
-    ("engine.engine", "make_batch", PYTHON),
+    ("engine.engine", "lay", PYTHON),
     ("engine.sampler", "sample", SAMPLING),
     ("model.transformer", "Transformer.forward", FORWARD),
     ("model.transformer", "Transformer.logits", LOGITS),
@@ -60,6 +60,8 @@ OF_PROGRAM = {
     program.PACKED: PRODUCTS,
     program.SHARED_SUM: REDUCTIONS,
     program.SHARED_PLANES: REDUCTIONS,
+    program.EMBED: SMALL,
+    program.HEAD: LOGITS,
 }
 """The same of the operations that run in one call, which then belongs to FORWARD less these."""
 
@@ -124,7 +126,7 @@ def timed(model: Transformer) -> Iterator[Clock]:
     clock = Clock()
     laid_out = model.program[1] if model.program is not None else None
     if laid_out is not None:
-        laid_out.seconds = torch.zeros(program.KINDS, dtype=torch.float64)
+        laid_out.seconds = torch.zeros(program.CLOCKS, dtype=torch.float64)
     before: list[tuple[Any, str, Any]] = []
     try:
         for module, name, label in TARGETS:

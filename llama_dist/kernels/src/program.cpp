@@ -45,8 +45,8 @@ void run_one(const Op &op, const Step &step, int threads, int &fault) {
                             step.n, v[8], v[9], threads);
             break;
         case Op::ROPE:
-            team::rope_write(bf16s, p(0), v[1], p(2), v[3], p(4), v[5], step.cos, step.sin, p(6), p(7), step.slots, step.n, v[8],
-                             v[9], v[10]);
+            team::rope_write(bf16s, p(0), v[1], p(2), v[3], p(4), v[5], step.cos, step.sin, step.angles, p(6), p(7), step.slots,
+                             step.n, v[8], v[9], v[10]);
             break;
         case Op::ATTEND:
             team::attend(bf16s, p(0), v[1], p(2), p(3), step.tables, int(step.max_pages), step.starts, step.lengths,
@@ -75,16 +75,22 @@ void run_one(const Op &op, const Step &step, int threads, int &fault) {
                                                  static_cast<const int64_t *>(p(4)), static_cast<const int64_t *>(p(5)), bf16s,
                                                  p(6), step.n * v[7]);
             break;
+        case Op::EMBED:
+            team::look_up(bf16s, p(0), v[1], v[2], v[3], v[4], v[5], step.tokens, step.n, v[6], p(7));
+            break;
     }
 }
 
 }  // namespace
 
-// Returns 0, or -(1 + the first token whose slot is not in the cache), or 1 + the first span whose pages are not: then
-// nothing is computed. `lost` becomes what a sum among ranks ended with (shared.h).
+// Returns 0, or -(1 + the first token whose id, slot or angles are none), or 1 + the first span whose pages are not in the
+// cache: then nothing is computed. `lost` becomes what a sum among ranks ended with (shared.h).
 extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step, int threads, int *lost) {
+    auto within = [](int64_t at, int64_t size) { return at >= 0 && at < size; };
     for (int64_t i = 0; i < step->n; i++)
-        if (step->slots[i] < 0 || step->slots[i] >= step->n_slots) return -int(i) - 1;
+        if (!within(step->tokens[i], step->vocab) || !within(step->slots[i], step->n_slots) ||
+            !within(step->angles[i], step->n_angles))
+            return -int(i) - 1;
     if (int bad = team::bad_span(step->n_slots, step->tables, int(step->max_pages), step->starts, step->lengths, int(step->spans)))
         return bad;
     int fault = 0;
@@ -96,7 +102,7 @@ extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step
 #pragma omp master
         {
             const auto now = std::chrono::steady_clock::now();
-            step->seconds[ops[i].kind] += std::chrono::duration<double>(now - since).count();
+            step->seconds[ops[i].clock] += std::chrono::duration<double>(now - since).count();
             since = now;
         }
     }

@@ -5,16 +5,16 @@
 
 // One operation; what its numbers mean stands where they are packed.
 struct Op {
-    enum Kind : int64_t { NORM, LINEAR, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES };
-    int64_t kind;
-    int64_t v[15];
+    enum Kind : int64_t { NORM, LINEAR, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES, EMBED };
+    int64_t kind, clock;
+    int64_t v[14];
 };
 
-// What changes from call to call: n tokens in `spans` spans, and where they stand. Where there is room for them, the seconds
-// that each kind of operation takes are added to `seconds`.
+// What changes from call to call: n tokens in `spans` spans, and where they stand. A token's angles are row `angles[i]` of cos
+// and sin. Where there is room for them, the seconds that each operation takes are added to `seconds`, at its clock.
 struct Step {
-    int64_t is_bf16, n, spans, max_pages, n_slots;
-    const int64_t *slots;
+    int64_t is_bf16, n, spans, max_pages, n_slots, vocab, n_angles;
+    const int64_t *tokens, *slots, *angles;
     const int *tables, *starts, *lengths;
     const float *cos, *sin;
     double *seconds;

@@ -94,13 +94,14 @@ void team::rms_norm(int is_bf16, const void *x, long x_stride, const void *y, lo
 }
 
 void team::rope_write(int is_bf16, void *q, long q_stride, const void *k, long k_stride, const void *v, long v_stride,
-                      const float *cos, const float *sin, void *keys, void *values, const int64_t *slots, long n, long heads,
-                      long kv_heads, long dim) {
+                      const float *cos, const float *sin, const int64_t *angles, void *keys, void *values,
+                      const int64_t *slots, long n, long heads, long kv_heads, long dim) {
     typed(is_bf16, [=](auto type) {
         using T = decltype(type);
 #pragma omp for schedule(static)
         for (long i = 0; i < n; i++) {
-            const float *c = cos + i * (dim / 2), *s = sin + i * (dim / 2);
+            const long at = (angles ? angles[i] : i) * (dim / 2);
+            const float *c = cos + at, *s = sin + at;
             T *query = (T *)q + i * q_stride;
             for (long h = 0; h < heads; h++) rotate(query + h * dim, c, s, query + h * dim, dim / 2);
             for (long h = 0; h < kv_heads; h++) {
@@ -147,7 +148,8 @@ extern "C" int llama_dist_rope_write(int is_bf16, void *q, long q_stride, const 
         if (slots[i] < 0 || slots[i] >= n_slots) return int(i) + 1;
     threads = worth(n * (heads + 2 * kv_heads) * dim, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    team::rope_write(is_bf16, q, q_stride, k, k_stride, v, v_stride, cos, sin, keys, values, slots, n, heads, kv_heads, dim);
+    team::rope_write(is_bf16, q, q_stride, k, k_stride, v, v_stride, cos, sin, nullptr, keys, values, slots, n, heads, kv_heads,
+                     dim);
     return 0;
 }
 

@@ -32,8 +32,13 @@ void rms_norm(int is_bf16, const void *x, long x_stride, const void *y, long y_s
               void *out, long out_stride, long n, long groups, long dim, float eps);
 
 void rope_write(int is_bf16, void *q, long q_stride, const void *k, long k_stride, const void *v, long v_stride,
-                const float *cos, const float *sin, void *keys, void *values, const int64_t *slots, long n, long heads,
-                long kv_heads, long dim);
+                const float *cos, const float *sin, const int64_t *angles, void *keys, void *values, const int64_t *slots,
+                long n, long heads, long kv_heads, long dim);
+
+// Rows ids [m], less `first`, of a table of `rows` rows of n numbers -> to [m, n]; what the table does not have is zeros. It
+// lies in panels of `stride` numbers, or in rows that are `stride` apart. `plus`: a -0 becomes 0, as in a sum.
+void look_up(int is_bf16, const void *table, int64_t stride, bool panels, int64_t first, int64_t rows, bool plus,
+             const int64_t *ids, int64_t m, int64_t n, void *to);
 
 void silu_mul(int is_bf16, const void *a, long a_stride, const void *b, long b_stride, void *out, long n, long dim);
 
