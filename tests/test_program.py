@@ -1,0 +1,101 @@
+"""A program by itself: rows looked up, what is left out before the head, and calls that are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from llama_dist.kernels.program import Call, Program
+from llama_dist.quant.pack import pack
+from llama_dist.quant.packed import EXACT, Packed, empty
+from tests.kernel_cases import DTYPES, need_kernels, same_bits
+
+VOCAB, WIDTH = 37, 22
+
+
+def table(dtype: torch.dtype) -> torch.Tensor:
+    rows = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    rows[:, ::7] = -0.0
+    return rows
+
+
+def laid(w: torch.Tensor) -> Packed:
+    held = empty(EXACT[w.dtype], len(w), w.shape[1], 1, w.device)
+    pack(held, w)
+    return held
+
+
+def call(tokens: list[int], **other: int) -> tuple[Call, Any]:
+    """A call without attention, and the tensors to keep while it runs."""
+    n = len(tokens)
+    ids, slots, angles = torch.tensor(tokens), torch.arange(n), torch.zeros(n, dtype=torch.int64)
+    if "slot" in other:
+        slots[-1] = other["slot"]
+    if "angle" in other:
+        angles[-1] = other["angle"]
+    zero, one, cos = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32), torch.zeros(1, 4)
+    held = (ids, slots, angles, zero, zero, one, cos, cos)
+    return Call(n, 1, 1, 16, VOCAB, 1, *(t.data_ptr() for t in held)), held
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lay", [laid, torch.Tensor.clone], ids=["panels", "rows"])
+def test_rows_are_looked_up(dtype: torch.dtype, lay: Callable[[torch.Tensor], torch.Tensor | Packed]) -> None:
+    """Those of a part of the table; of the others zeros. -0 stays, or becomes 0."""
+    need_kernels()
+    w, tokens = table(dtype), [0, 36, 15, 16, 32, 7, 31]
+    for plus in (False, True):
+        for first, rows in ((0, VOCAB), (16, 16), (32, 5), (0, 0)):
+            program = Program(8, dtype)
+            out = program.rows("x", WIDTH).fill_(9)
+            program.embed(lay(w[first : first + rows] if rows else w), first, rows, plus, out)
+            asked, _held = call(tokens)
+            program.run(asked)
+            expected = torch.stack(
+                [w[t] if first <= t < first + rows else torch.zeros(WIDTH).to(dtype) for t in tokens]
+            )
+            assert same_bits(out[: len(tokens)], expected + 0.0 if plus else expected), (plus, first)
+            assert (out[len(tokens) :] == 9).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_head_may_be_left_out(dtype: torch.dtype) -> None:
+    need_kernels()
+    w = table(dtype)
+    program = Program(4, dtype)
+    x, y = program.rows("x", WIDTH).fill_(9), program.rows("y", VOCAB).fill_(9)
+    program.embed(laid(w), 0, VOCAB, False, x)
+    program.head()
+    program.linear(x, laid(w), None, y)
+    asked, _held = call([3, 4])
+    program.run(asked, head=False)
+    assert same_bits(x[:2], w[3:5]) and (y == 9).all()
+    x.fill_(9)
+    program.run(asked)
+    assert same_bits(x[:2], w[3:5]) and (y[2:] == 9).all()
+    assert torch.allclose(y[:2].float(), (w[3:5].double() @ w.double().T).float(), rtol=0.01, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "tokens, other, said",
+    [
+        ([3, VOCAB], {}, "token 1 .* 37 ids"),
+        ([-1, 3], {}, "token 0 .* 37 ids"),
+        ([3, 4], {"slot": 16}, "token 1 .* 16 slots"),
+        ([3, 4], {"slot": -1}, "token 1 .* 16 slots"),
+        ([3, 4], {"angle": 1}, "token 1 .* 1 angles"),
+    ],
+)
+def test_what_is_not_there_is_refused(tokens: list[int], other: dict[str, int], said: str) -> None:
+    need_kernels()
+    w = table(torch.float32)
+    program = Program(4, torch.float32)
+    x = program.rows("x", WIDTH).fill_(9)
+    program.embed(laid(w), 0, VOCAB, False, x)
+    asked, _held = call(tokens, **other)
+    with pytest.raises(IndexError, match=said):
+        program.run(asked)
+    assert (x == 9).all()
