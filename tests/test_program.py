@@ -79,6 +79,22 @@ def test_the_head_may_be_left_out(dtype: torch.dtype) -> None:
     assert torch.allclose(y[:2].float(), (w[3:5].double() @ w.double().T).float(), rtol=0.01, atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_likeliest_are_found(dtype: torch.dtype) -> None:
+    """The first of equals among the numbers asked for; none where one of them is not finite."""
+    need_kernels()
+    program = Program(4, dtype)
+    x = program.rows("x", WIDTH)
+    found = program.likeliest(x, WIDTH - 1)
+    x.copy_(torch.randn(4, WIDTH))
+    x[0, [5, 9]], x[0, WIDTH - 1] = 7.0, 8.0
+    x[1, 3] = float("nan")
+    x[2, WIDTH - 1] = float("inf")
+    asked, _held = call([1, 2, 3])
+    program.run(asked)
+    assert found.tolist() == [5, -1, int(x[2, : WIDTH - 1].argmax()), 0]
+
+
 @pytest.mark.parametrize(
     "tokens, other, said",
     [

@@ -21,7 +21,6 @@ from llama_dist.engine.scheduler import Scheduler, Work
 from llama_dist.engine.scores import Score, scores_of
 from llama_dist.engine.stats import EngineStats
 from llama_dist.errors import RequestError
-from llama_dist.kernels.single import likeliest
 from llama_dist.model.cache import KVCache, Span, lay
 from llama_dist.model.transformer import Transformer
 from llama_dist.parallel.control import check
@@ -166,7 +165,7 @@ class Engine:
         for start in range(first, last, LOGIT_ROWS):
             stop = min(start + LOGIT_ROWS, last)
             logits = self.model.logits(hidden[start - 1 - work.start : stop - 1 - work.start])
-            if BROKEN in likeliest(logits):
+            if BROKEN in self.model.likeliest(logits):
                 return False
             for logprob, tops in scores_of(logits, tokens[start:stop], [top] * (stop - start)):
                 answer.prompt_scores.append(logprob)
@@ -207,7 +206,7 @@ class Engine:
 
     def _choose(self, drawing: list[tuple[Work, int]], logits: torch.Tensor) -> list[int | RequestError]:
         """A row's token, BROKEN where its numbers are not finite, or why none may be drawn."""
-        chosen: list[int | RequestError] = [*likeliest(logits)]
+        chosen: list[int | RequestError] = [*self.model.likeliest(logits)]
         wanted: dict[int, sampler.Wanted] = {}
         for i, (work, _) in enumerate(drawing):
             sequence, params = work.sequence, work.sequence.request.params

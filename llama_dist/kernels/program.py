@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from array import array
 from collections.abc import Callable, Sequence
 from ctypes import byref, c_char_p, c_int, c_int64, c_void_p
 from typing import Any, NamedTuple
@@ -18,8 +19,10 @@ from llama_dist.kernels import build, quantized
 from llama_dist.kernels.tree import Node
 from llama_dist.quant.packed import Packed
 
-NORM, LINEAR, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES, EMBED = range(10)  # as in program.h
-HEAD, CLOCKS = 10, 11  # the head's products have a clock of their own
+NORM, LINEAR, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES, EMBED, LIKELIEST = range(
+    11
+)  # as in program.h
+HEAD, CLOCKS = 11, 12  # the head's products have a clock of their own
 OP = struct.Struct("=16q")
 STEP = struct.Struct("=16q")
 
@@ -78,6 +81,7 @@ class Program:
         self._ready: dict[bool, list[tuple[bytes, int] | Callable[[int], None]]] = {}  # as they are run, by `head`
         self._rows: dict[str, torch.Tensor] = {}
         self._held: list[torch.Tensor] = []
+        self._found: list[array[int]] = []
         self.seconds: torch.Tensor | None = None
         self._lost: Callable[[int], Exception] | None = None
 
@@ -110,7 +114,8 @@ class Program:
             self._parts.append(bytearray())
         part = self._parts[-1]
         assert isinstance(part, bytearray)
-        part += OP.pack(kind, kind if self._clock is None else self._clock, *numbers, *[0] * (14 - len(numbers)))
+        clock = kind if self._clock is None or kind == LIKELIEST else self._clock
+        part += OP.pack(kind, clock, *numbers, *[0] * (14 - len(numbers)))
 
     def embed(self, w: torch.Tensor | Packed, first: int, rows: int, plus: bool, out: torch.Tensor) -> None:
         """out [most, width], packed = row id - `first` of w for each token; zeros where w's `rows` do not have it.
@@ -188,6 +193,13 @@ class Program:
     def gate(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         """out = silu(a) * b, packed."""
         self._add(GATE, a, a.stride(0), b, b.stride(0), out, out.shape[1])
+
+    def likeliest(self, x: torch.Tensor, n: int) -> array[int]:
+        """Room [most] for the number of the greatest of each row's first n entries (`kernels.single.likeliest`)."""
+        found = array("q", bytes(8 * self.most))
+        self._found.append(found)
+        self._add(LIKELIEST, x, x.stride(0), n, found.buffer_info()[0])
+        return found
 
     def shared_sum(self, x: torch.Tensor, segment: int, rank: int, lost: Callable[[int], Exception]) -> None:
         """x, packed, becomes the sum over the ranks that share the segment at that address (shared.h).

@@ -12,6 +12,7 @@ from llama_dist.kernels import program as programs
 from llama_dist.kernels.attention import compiled_for, paged
 from llama_dist.kernels.linear import FEW, compiled
 from llama_dist.kernels.program import Call, Program
+from llama_dist.kernels.single import likeliest
 from llama_dist.kernels.small import silu_mul
 from llama_dist.model.attention import Attention
 from llama_dist.model.cache import PAGE_SIZE, Batch, KVCache, Laid
@@ -98,6 +99,7 @@ class Transformer(nn.Module):
         self.recordings: tuple[KVCache, Recordings] | None = None
         self._laid: tuple[KVCache, int] | None = None  # what it was laid out for last
         self._scored: tuple[torch.Tensor, torch.Tensor] | None = None  # hidden states, and logits computed with them
+        self._found: array[int] | None = None  # the likeliest tokens of these logits, where a rank has all of them
         self._views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by the number of rows, what the program leaves
 
     def weights(self) -> dict[str, tuple[torch.Tensor | Packed, Placement]]:
@@ -161,8 +163,9 @@ class Transformer(nn.Module):
             y = layer.feed_forward.lay(program, normed)
             program.add_norm(x, y, x, after.weight, after.eps, normed)
         program.head()
-        head = self.output.weight
-        program.linear(normed, head, None, program.rows("logits", self.output.output_size_per_partition))
+        logits = program.rows("logits", self.output.output_size_per_partition)
+        program.linear(normed, self.output.weight, None, logits)
+        self._found = program.likeliest(logits, self.config.vocab_size) if self.n_ranks == 1 else None
         self.program, self._views = (cache, program), {}
 
     def record(self, cache: KVCache, max_seq_len: int, record: Record) -> None:
@@ -232,3 +235,9 @@ class Transformer(nn.Module):
         if self._scored is not None and self._scored[0] is hidden:
             return self._scored[1]
         return gather(self.output(hidden))[:, : self.config.vocab_size]
+
+    def likeliest(self, logits: torch.Tensor) -> list[int]:
+        """The likeliest token of each row of what `logits` gave; -1 where a number is not finite."""
+        if self._found is not None and self._scored is not None and self._scored[1] is logits:
+            return self._found[: logits.shape[0]].tolist()
+        return likeliest(logits)

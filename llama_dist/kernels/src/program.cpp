@@ -78,6 +78,9 @@ void run_one(const Op &op, const Step &step, int threads, int &fault) {
         case Op::EMBED:
             team::look_up(bf16s, p(0), v[1], v[2], v[3], v[4], v[5], step.tokens, step.n, v[6], p(7));
             break;
+        case Op::LIKELIEST:
+            team::likeliest(bf16s, p(0), v[1], step.n, v[2], static_cast<int64_t *>(p(3)));
+            break;
     }
 }
 

@@ -7,7 +7,7 @@ namespace {
 
 // The first of the greatest of n numbers, or -1 where one of them is not finite.
 template <class T>
-int64_t likeliest(const T *row, int64_t n) {
+int64_t first_of(const T *row, int64_t n) {
     const Likeliest found = likeliest_of(row, n);
     return found.finite ? found.at : -1;
 }
@@ -48,12 +48,16 @@ void team::look_up(int is_bf16, const void *table, int64_t stride, bool panels, 
             : look_up_all((const float *)table, stride, panels, first, rows, plus, ids, m, n, (float *)to);
 }
 
-// found[i]: the first of the greatest of row i's n numbers, or -1; rows are `stride` apart.
+void team::likeliest(int is_bf16, const void *rows, int64_t stride, int64_t m, int64_t n, int64_t *found) {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < m; i++)
+        found[i] = is_bf16 ? first_of((const bf16 *)rows + i * stride, n) : first_of((const float *)rows + i * stride, n);
+}
+
 extern "C" int llama_dist_likeliest(int is_bf16, const void *rows, int64_t stride, int64_t m, int64_t n, int64_t *found,
                                     int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && m > 1)
-    for (int64_t i = 0; i < m; i++)
-        found[i] = is_bf16 ? likeliest((const bf16 *)rows + i * stride, n) : likeliest((const float *)rows + i * stride, n);
+#pragma omp parallel num_threads(threads) if (threads > 1 && m > 1)
+    team::likeliest(is_bf16, rows, stride, m, n, found);
     return 0;
 }
 

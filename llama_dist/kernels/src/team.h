@@ -40,6 +40,9 @@ void rope_write(int is_bf16, void *q, long q_stride, const void *k, long k_strid
 void look_up(int is_bf16, const void *table, int64_t stride, bool panels, int64_t first, int64_t rows, bool plus,
              const int64_t *ids, int64_t m, int64_t n, void *to);
 
+// found[i]: the first of the greatest of row i's n numbers, or -1 where one of them is not finite; rows are `stride` apart.
+void likeliest(int is_bf16, const void *rows, int64_t stride, int64_t m, int64_t n, int64_t *found);
+
 void silu_mul(int is_bf16, const void *a, long a_stride, const void *b, long b_stride, void *out, long n, long dim);
 
 // 0, or 1 + the first span whose pages are missing or lie outside the cache.
