@@ -182,7 +182,7 @@ def test_a_clock_belongs_to_one_function_at_a_time() -> None:
 def test_every_function_that_is_timed_exists_and_every_operation_has_a_label() -> None:
     for module, name, _ in step_profile.TARGETS:
         assert step_profile.places(module, name), f"{module}.{name}"
-    assert sorted(step_profile.OF_PROGRAM) == list(range(program.KINDS))
+    assert sorted(step_profile.OF_PROGRAM) == list(range(program.CLOCKS))
     small = step_profile.places("kernels.small", "rope_write")
     assert {owner.__name__ for owner, _ in small} >= {"llama_dist.kernels.small", "llama_dist.model.attention"}
 
