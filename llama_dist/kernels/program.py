@@ -19,10 +19,9 @@ from llama_dist.kernels import build, quantized
 from llama_dist.kernels.tree import Node
 from llama_dist.quant.packed import Packed
 
-NORM, LINEAR, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES, EMBED, LIKELIEST = range(
-    11
-)  # as in program.h
-HEAD, CLOCKS = 11, 12  # the head's products have a clock of their own
+# Kinds of operations, as in program.h; the head's product has a clock of its own.
+NORM, LINEAR, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES, EMBED, LIKELIEST = range(11)
+HEAD, CLOCKS = 11, 12
 OP = struct.Struct("=16q")
 STEP = struct.Struct("=16q")
 
