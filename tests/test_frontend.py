@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -48,20 +50,34 @@ def tokenizer(checkpoint: Saver) -> Tokenizer:
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r")), st.data())
 def test_lines_are_the_same_however_they_come(text: str, data: st.DataObject) -> None:
     read, write = os.pipe()
-    reader, lines, rest = LineReader(read), [], text.encode()
-    while rest:
-        n = data.draw(st.integers(1, len(rest)))
-        os.write(write, rest[:n])
-        rest = rest[n:]
-        while (line := reader.poll(0)) is not None:
-            lines.append(line)
-        assert not reader.ended
-    os.close(write)
-    while not reader.ended:
-        if (line := reader.poll(0)) is not None:
-            lines.append(line)
-    os.close(read)
+    with open(read, "rb", 0), open(write, "wb", 0) as source:
+        reader, lines, rest = LineReader(read), [], text.encode()
+        while rest:
+            n = data.draw(st.integers(1, len(rest)))
+            source.write(rest[:n])
+            rest = rest[n:]
+            while (line := reader.poll(0)) is not None:
+                lines.append(line)
+            assert not reader.ended
+        source.close()
+        while not reader.ended:
+            if (line := reader.poll(0)) is not None:
+                lines.append(line)
     assert lines == (text.removesuffix("\n").split("\n") if text else [])
+
+
+def test_lines_come_from_a_descriptor_of_any_number() -> None:
+    """`select.select` takes those below 1024 only."""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] <= 2000:
+        pytest.skip("no descriptor of that number may be opened")
+    read, write = os.pipe()
+    high = fcntl.fcntl(read, fcntl.F_DUPFD, 2000)
+    reader = LineReader(high)
+    assert reader.poll(0) is None
+    os.write(write, b"one\n")
+    assert reader.poll(5) == "one"
+    for fd in (read, write, high):
+        os.close(fd)
 
 
 def test_waiting_for_a_line_ends_in_time() -> None:

@@ -12,6 +12,8 @@ class LineReader:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._poller = select.poll()  # select.select knows descriptors below 1024 only
+        self._poller.register(fd, select.POLLIN)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._text = ""
         self._ended = False
@@ -24,7 +26,7 @@ class LineReader:
     def poll(self, seconds: float) -> str | None:
         """The next line without its end, or None when none comes within `seconds`, or none any more (`ended`)."""
         line = self._next()
-        if line is None and not self._ended and select.select([self._fd], [], [], seconds)[0]:
+        if line is None and not self._ended and self._poller.poll(1000 * seconds):
             raw = os.read(self._fd, 1 << 16)
             self._ended = not raw
             self._text += self._decoder.decode(raw, final=not raw)
