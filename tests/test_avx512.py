@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,11 +32,13 @@ def test_kernels_emulated(name: str, tmp_path: Path) -> None:
     env = {key: value for key, value in env.items() if not key.startswith("PYTEST_")}
 
     def python(*words: str) -> str:
-        done = subprocess.run([sys.executable, *words], env=env, cwd=HERE.parent, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *words], env=env, cwd=HERE.parent, capture_output=True, text=True, timeout=850
+        )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 
     said = python("-c", "import torch; from llama_dist.kernels import build; print(build.build_name())")
     assert said.endswith(f"({name})\n"), said
     said = python("-m", "pytest", "-p", "no:cacheprovider", *(str(HERE / file) for file in files))
-    assert "passed" in said or "[100%]" in said, said
+    assert re.search(r"\d\d+ passed", said), said

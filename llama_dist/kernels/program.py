@@ -108,6 +108,7 @@ class Program:
 
     def _add(self, kind: int, *values: int | torch.Tensor | None) -> None:
         self._held += [v for v in values if isinstance(v, torch.Tensor)]
+        assert not self._ready, "a program that has run stays as it is"
         numbers = [v.data_ptr() if isinstance(v, torch.Tensor) else v or 0 for v in values]
         if not self._parts or not isinstance(self._parts[-1], bytearray):
             self._parts.append(bytearray())

@@ -31,6 +31,7 @@ void panels(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void
 void rms_norm(int is_bf16, const void *x, long x_stride, const void *y, long y_stride, void *total, const void *weight,
               void *out, long out_stride, long n, long groups, long dim, float eps);
 
+// A token's angles are row angles[i] of cos and sin, or without `angles` row i.
 void rope_write(int is_bf16, void *q, long q_stride, const void *k, long k_stride, const void *v, long v_stride,
                 const float *cos, const float *sin, const int64_t *angles, void *keys, void *values, const int64_t *slots,
                 long n, long heads, long kv_heads, long dim);
