@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from llama_dist.model import recordings, transformer
 from llama_dist.model.cache import KVCache
-from llama_dist.model.recordings import Step
+from llama_dist.model.recordings import Results, Step
 from tests.engine_jobs import Prompts, Row, Run, answer_all, engine_for
 from tests.reproducible_jobs import WAYS
 
 
-def again(step: Step) -> tuple[Callable[[], object], torch.Tensor]:
+def again(step: Step) -> tuple[Callable[[], object], Results]:
     """In place of `recorder` where no GPU is: a recording that computes anew what it reads from its own addresses."""
-    result = step().clone()
-    return lambda: result.copy_(step()), result
+    results = tuple(result.clone() for result in step())
+
+    def play() -> None:
+        for ours, theirs in zip(results, step(), strict=True):
+            ours.copy_(theirs)
+
+    return play, results
 
 
-def refused(step: Step) -> tuple[Callable[[], object], torch.Tensor]:
+def refused(step: Step) -> tuple[Callable[[], object], Results]:
     raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more lines")
 
 
@@ -35,9 +38,9 @@ def answers(folder: str, device: str, way: str, kind: str, asked: Prompts) -> tu
             self.record(cache, max_seq_len, count(record[kind](self.norm.weight.device)))
 
     def count(record: recordings.Record) -> recordings.Record:
-        def counted(step: Step) -> tuple[Callable[[], object], torch.Tensor]:
-            play, hidden = record(step)
-            return lambda: (played.append(len(hidden)), play()), hidden
+        def counted(step: Step) -> tuple[Callable[[], object], Results]:
+            play, results = record(step)
+            return lambda: (played.append(len(results[0])), play()), results
 
         return counted
 

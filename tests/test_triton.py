@@ -245,18 +245,24 @@ import re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from llama_dist.kernels import triton_attention, triton_linear, triton_packed, triton_rows
+from llama_dist.kernels import (
+    triton_attention, triton_draw, triton_linear, triton_packed, triton_rope, triton_rows, triton_single
+)
 
 def made(kernel, arch, constants, aligned, n_warps):
     pointers = ("a", "b", "x", "y", "w", "q", "keys", "values", "out", "bias", "weight", "total")
     lists = ("tables", "starts", "lengths", "readers")
     kinds = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(lists, "*i32") | {"scale": "fp32", "eps": "fp32"}
     kinds |= {"codes": "*i32", "scales": "*u8", "factors": "*fp32"}
+    kinds |= {"k": "*bf16", "v": "*bf16", "cos": "*fp32", "sin": "*fp32", "slots": "*i64", "logits": "*bf16"}
+    kinds |= dict.fromkeys(("params", "found", "places"), "*i64") | dict.fromkeys(("mass", "before", "after"), "*fp64")
+    kinds |= dict.fromkeys(("state", "next_state"), "*fp64")
     names = kernel.arg_names
+    constants = {**constants, "AHEAD": arch >= 90}
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": n_warps, "num_stages": 2, "enable_fp_fusion": True}
+    options = {"num_warps": n_warps, "num_stages": 2, "enable_fp_fusion": True, "launch_pdl": arch >= 90}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
 
 tiles = {"HAS_BIAS": True, "TILE": triton_linear.TILE, "DEPTH": 64}
@@ -265,6 +271,9 @@ schemes = [
     {"BITS": n, "FLOATS": floats, "WORDS": triton_packed.WORDS[n]}
     for n, floats in ((8, False), (6, False), (4, False), (8, True))
 ]
+row = {"HAS_BIAS": False, "K": 4096, "COLUMNS": 2, "DEPTH": triton_single.DEPTH, "AT_ONCE": triton_single.AT_ONCE}
+draw = {"N_PARAMS": triton_draw.N_PARAMS, "N_PARTS": triton_draw.N_PARTS, "N_STATE": triton_draw.N_STATE}
+draw |= {"CHUNK": triton_draw.CHUNK, "CHUNKS": 64, "CLOSE": 1e-9, "SMALLEST": 1e-6, "UNSURE": -1}
 spans = {"SIZE": 64, "WIDTH": 64, "PAGE": 16, "ROWS": 64, "KEYS": triton_attention.KEYS, "LISTED": 128}
 for arch, tensor_core in ((80, "mma.sync.aligned.m16n8k16"), (90, "wgmma.mma_async.sync.aligned.m64n")):
     texts = [
@@ -275,6 +284,10 @@ for arch, tensor_core in ((80, "mma.sync.aligned.m16n8k16"), (90, "wgmma.mma_asy
         ),
         made(triton_rows._norm, arch, {"ADD": True, "WIDTH": 1024}, (), 4),
         made(triton_rows._gate, arch, {"BLOCK": 1024}, (), 4),
+        *(made(triton_single._row, arch, {**row, "GATED": gated}, ("x", "w", "w_stride"), 4) for gated in (0, 1)),
+        made(triton_rope._rotate, arch, {"HALF": 64, "WIDTH": 64, "HEADS": triton_rope.HEADS}, ("cache_stride",), 4),
+        made(triton_draw._masses, arch, {"N_PARAMS": triton_draw.N_PARAMS, "CHUNK": triton_draw.CHUNK}, (), 8),
+        *(made(triton_draw._round, arch, {**draw, "KIND": kind}, (), 8) for kind in range(4)),
     ]
     assert all(tensor_core in text for text in texts[:6]), arch
     assert not any(re.search(r"\\b(atom|red)\\.", text) for text in texts), arch  # sums that come in any order

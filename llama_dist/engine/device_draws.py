@@ -12,13 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from llama_dist.engine.sampler import Wanted, gumbel_of, noise_key, signed
-from llama_dist.kernels.draw import UNSURE
+from llama_dist.kernels.draw import CLOSE, ROUNDS, SMALLEST, UNSURE
 
-ROUNDS = 6  # candidates a row is tried with before it is left to the sampler
 NUMBERS = 1 << 20  # logits at once, which bounds what is allocated beside them
 MOST_K = 256
-CLOSE = 1e-9  # of noisy logits and masses
-SMALLEST = 1e-6  # of |logit / temperature|: of smaller ones two may differ and be as likely
 
 
 def draw_rows(wanted: Sequence[Wanted]) -> list[int]:

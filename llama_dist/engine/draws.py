@@ -2,29 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import torch
 
 from llama_dist.engine.device_draws import draw_rows
 from llama_dist.engine.sampler import Wanted, noise_key, sample
+from llama_dist.kernels import triton_here
 from llama_dist.kernels.draw import UNSURE, Draw, draw
+
+Drawing = Callable[[], list[int]]
+"""What waits for the tokens, UNSURE where they are left to the sampler."""
 
 
 def draw_all(wanted: Sequence[Wanted]) -> list[int]:
     """The token of each; all rows are of one length and on one device."""
-    found = [UNSURE] * len(wanted)
+    return [settle(w, token) for w, token in zip(wanted, begin(wanted)(), strict=True)]
+
+
+def settle(wanted: Wanted, token: int) -> int:
+    """A token from a Drawing, or the sampler's where it is left to that."""
+    return sample(wanted.row.float(), *wanted[1:]) if token == UNSURE else token
+
+
+def begin(wanted: Sequence[Wanted]) -> Drawing:
+    """Have a GPU draw a token for each while the host goes on; on a CPU they are drawn when they are waited for."""
     if wanted and wanted[0].row.device.type == "cpu":
-        found = compiled_draw(wanted)
-    elif warm := [i for i, w in enumerate(wanted) if w.params.temperature > 0]:
-        for i, token in zip(warm, draw_rows([wanted[i] for i in warm]), strict=True):
-            found[i] = token
-    return [sample(w.row.float(), *w[1:]) if token == UNSURE else token for w, token in zip(wanted, found, strict=True)]
+        return lambda: compiled_draw(wanted)
+    groups: dict[object, list[int]] = {}  # by how they are drawn
+    for i, w in enumerate(wanted):
+        if w.params.temperature > 0:
+            kernel = not 0 < w.params.top_k < len(w.row) and triton_here.serves(w.row)
+            groups.setdefault(w.row.dtype if kernel else None, []).append(i)
+    begun = {key: begin_triton([wanted[i] for i in some]) for key, some in groups.items() if key is not None}
+
+    def finish() -> list[int]:
+        found = [UNSURE] * len(wanted)
+        for key, some in groups.items():
+            tokens = draw_rows([wanted[i] for i in some]) if key is None else begun[key].tolist()
+            for i, token in zip(some, tokens, strict=True):
+                found[i] = token
+        return found
+
+    return finish
+
+
+def begin_triton(wanted: Sequence[Wanted]) -> torch.Tensor:
+    """A token for each in Triton, int64 [n] on the device, of rows of one dtype without top_k; UNSURE where close."""
+    from llama_dist.kernels import triton_draw
+
+    return triton_draw.begin(packed(wanted))
+
+
+def packed(wanted: Sequence[Wanted]) -> list[Draw]:
+    """As the kernels take them."""
+    return [
+        Draw(w.row, noise_key(w.seed, w.position), w.params.temperature, w.params.top_p, w.params.top_k, w.params.min_p)
+        for w in wanted
+    ]
 
 
 def compiled_draw(wanted: Sequence[Wanted]) -> list[int]:
-    """`draw_all` in C++; UNSURE where it is close, or there is no C++ for it."""
-
-    def packed(w: Wanted) -> Draw:
-        p = w.params
-        return Draw(w.row, noise_key(w.seed, w.position), p.temperature, p.top_p, p.top_k, p.min_p)
-
-    return draw([packed(w) for w in wanted])
+    """Tokens in C++; UNSURE where it is close, or there is no C++ for it."""
+    return draw(packed(wanted))

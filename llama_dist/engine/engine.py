@@ -14,7 +14,7 @@ import torch
 
 from llama_dist.engine import sampler
 from llama_dist.engine.answer import Answer
-from llama_dist.engine.draws import draw_all
+from llama_dist.engine.draws import begin, settle
 from llama_dist.engine.fault import find_fault
 from llama_dist.engine.logits import shape
 from llama_dist.engine.scheduler import Scheduler, Work
@@ -206,22 +206,29 @@ class Engine:
 
     def _choose(self, drawing: list[tuple[Work, int]], logits: torch.Tensor) -> list[int | RequestError]:
         """A row's token, BROKEN where its numbers are not finite, or why none may be drawn."""
-        chosen: list[int | RequestError] = [*self.model.likeliest(logits)]
+        refused: dict[int, RequestError] = {}
         wanted: dict[int, sampler.Wanted] = {}
         for i, (work, _) in enumerate(drawing):
             sequence, params = work.sequence, work.sequence.request.params
-            if chosen[i] == BROKEN or (params.temperature == 0 and not params.shapes_logits):
+            if params.temperature == 0 and not params.shapes_logits:
                 continue
             answer, row = self.answers[sequence.request.id], logits[i]
             if params.shapes_logits:
                 try:
                     row = shape(row, params, sequence.request.prompt, answer.tokens, answer.stops)
                 except RequestError as err:
-                    chosen[i] = err
+                    refused[i] = err
                     continue
             wanted[i] = sampler.Wanted(row, params, answer.seed, len(sequence.tokens))
-        for i, token in zip(wanted, draw_all([*wanted.values()]), strict=True):
-            chosen[i] = token
+        begun = begin([*wanted.values()])  # before anything waits for the device
+        likeliest = self.model.likeliest(logits)
+        chosen: list[int | RequestError] = [*likeliest]
+        for i, token in zip(wanted, begun(), strict=True):
+            if likeliest[i] != BROKEN:
+                chosen[i] = settle(wanted[i], token)
+        for i, why in refused.items():
+            if likeliest[i] != BROKEN:
+                chosen[i] = why
         return chosen
 
     def _scores(

@@ -30,4 +30,9 @@ def likeliest(logits: torch.Tensor) -> list[int]:
 
 
 def likeliest_twin(logits: torch.Tensor) -> list[int]:
-    return torch.where(logits.isfinite().all(1), logits.argmax(1), -1).tolist()
+    return found_of(logits).tolist()
+
+
+def found_of(logits: torch.Tensor) -> torch.Tensor:
+    """`likeliest` as int64 [m] on the rows' device, which is not waited for."""
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)

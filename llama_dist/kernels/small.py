@@ -102,10 +102,14 @@ def rope_write(
 
     q [n, heads, head_dim]; k, v [n, kv_heads, head_dim]; all of any row stride, such as columns of one fused product.
     cos, sin float32 [n, head_dim / 2] (half-rotated order); keys, values [kv_heads, n_slots, head_dim],
-    `attention.laid_out` where attention is `attention.compiled_for` q. Both ways give the same bits. IndexError if a
-    slot is not in the cache.
+    `attention.laid_out` where attention is `attention.compiled_for` q. All ways give the same bits. Of a slot that is
+    not in the cache: IndexError on a CPU; Triton passes it over.
     """
     if not attention.compiled_for(q):
+        if triton_here.serves(q):
+            from llama_dist.kernels import triton_rope
+
+            return triton_rope.rope_write(q, k, v, cos, sin, keys, values, slots)
         return rope_write_twin(q, k, v, cos, sin, keys, values, slots)
     n, heads, dim = q.shape
     for t in (q, k, v, keys, values):

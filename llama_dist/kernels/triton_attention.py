@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from llama_dist.kernels.triton_ahead import ahead, follow
+
 ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}  # as many as registers hold
 KEYS = 32
 LISTED = 128  # spans looked through at a time
@@ -51,7 +53,9 @@ def _spans(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     LISTED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ) -> None:
+    follow(AHEAD)
     head = tl.load(readers + 2 * tl.program_id(1))  # the first that reads this KV head
     n_heads = tl.load(readers + 2 * tl.program_id(1) + 1)
     if n_heads == 0:
@@ -174,5 +178,6 @@ def attend(
             num_warps=4 if size <= 64 else 8,
             num_stages=1 if q.dtype == torch.float32 else 2,
             enable_fp_fusion=True,
+            **ahead(q.device),
         )
     return out

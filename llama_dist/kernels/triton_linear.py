@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from llama_dist.kernels.tree import roots
+from llama_dist.kernels.triton_ahead import ahead, follow
 
 TILE = 64  # rows and columns
 DEPTH = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}  # entries of K loaded at a time: 128 bytes
@@ -36,8 +37,10 @@ def _tiles(
     HAS_BIAS: tl.constexpr,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
+    AHEAD: tl.constexpr,
 ) -> None:
     """One tile of one plane of y [units, rows, columns]: the product over that unit of x [rows, K], w [columns, K]."""
+    follow(AHEAD)
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     plane = tl.program_id(2).to(tl.int64)
@@ -80,6 +83,7 @@ def _run(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.T
             num_warps=4,
             num_stages=3,
             enable_fp_fusion=FUSED,
+            **ahead(x.device),
         )
     return y
 

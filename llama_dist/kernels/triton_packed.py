@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from llama_dist.kernels.triton_ahead import ahead, follow
 from llama_dist.kernels.triton_linear import FUSED, TILE, in_steps
 from llama_dist.quant.packed import Packed
 from llama_dist.quant.scheme import BLOCK, GROUP, groups_of
@@ -42,11 +43,13 @@ def _blocks(
     TILE: tl.constexpr,
     WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ) -> None:
     """A tile of one plane of y [planes, rows, columns]: of its `n_units` units x times sixteen rows of W.
 
     x [rows, parts, words of all units]; part p goes with the codes that begin at bit 8 (p % 4) + 4 (p // 4) of a word.
     """
+    follow(AHEAD)
     LINES: tl.constexpr = 8 if BITS == 8 else 4  # words of a group of a row
     STORED: tl.constexpr = BITS  # lines of a group as they lie: of six bits two more, for the high bits of four lines
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -143,6 +146,7 @@ def _run(x: torch.Tensor, w: Packed, bias: torch.Tensor | None, y: torch.Tensor,
             num_warps=4,
             num_stages=1 if x.dtype == torch.float32 else 3,  # of float32 three take more than some devices share
             enable_fp_fusion=FUSED,
+            **ahead(x.device),
         )
     return y
 

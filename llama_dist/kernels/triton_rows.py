@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from llama_dist.kernels.triton_ahead import ahead, follow
+
 BLOCK = 1024  # numbers of the gate that a program computes
 
 
@@ -28,7 +30,9 @@ def _norm(
     eps: tl.tensor,
     ADD: tl.constexpr,
     WIDTH: tl.constexpr,
+    AHEAD: tl.constexpr,
 ) -> None:
+    follow(AHEAD)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, WIDTH)
     inside = at < dim
@@ -53,7 +57,9 @@ def _gate(
     b_stride: tl.tensor,
     dim: tl.tensor,
     BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ) -> None:
+    follow(AHEAD)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < dim
@@ -76,7 +82,8 @@ def _normed(
         added, stride = (x, 0) if y is None else (y, y.stride(0))
         rows = (x, added, weight, total, out, x.stride(0), stride, dim, eps)
         n_warps = 4 if width <= 2048 else 8
-        _norm[(n,)](*rows, ADD=y is not None, WIDTH=width, num_warps=n_warps, enable_fp_fusion=False)
+        how = {"num_warps": n_warps, "enable_fp_fusion": False, **ahead(x.device)}
+        _norm[(n,)](*rows, ADD=y is not None, WIDTH=width, **how)
     return total, out
 
 
@@ -100,5 +107,6 @@ def silu_mul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     out = torch.empty((n, dim), dtype=a.dtype, device=a.device)
     if n:
         grid = (n, triton.cdiv(dim, BLOCK))
-        _gate[grid](a, b, out, a.stride(0), b.stride(0), dim, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False)
+        how = {"num_warps": 4, "enable_fp_fusion": False, **ahead(a.device)}
+        _gate[grid](a, b, out, a.stride(0), b.stride(0), dim, BLOCK=BLOCK, **how)
     return out

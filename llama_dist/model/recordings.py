@@ -12,27 +12,28 @@ from dataclasses import dataclass
 
 import torch
 
-from llama_dist.model.cache import PAGE_SIZE, Batch
+from llama_dist.model.cache import PAGE_SIZE, Batch, Laid
 
 log = logging.getLogger("llama_dist")
 
 MOST = 256  # rows; with more a step takes longer than its launches
 
-Step = Callable[[], torch.Tensor]
-Record = Callable[[Step], tuple[Callable[[], object], torch.Tensor]]
-"""From a step to what plays it again, and the tensor in which that leaves the step's result."""
+Results = tuple[torch.Tensor, ...]
+Step = Callable[[], Results]
+Record = Callable[[Step], tuple[Callable[[], object], Results]]
+"""From a step to what plays it again, and the tensors in which that leaves the step's results."""
 
 
 def recorder(device: torch.device) -> Record:
     """How steps are recorded on a CUDA device. One is played at a time, so all share their scratch memory."""
     pool = torch.cuda.graph_pool_handle()
 
-    def record(step: Step) -> tuple[Callable[[], object], torch.Tensor]:
+    def record(step: Step) -> tuple[Callable[[], object], Results]:
         graph = torch.cuda.CUDAGraph()
         # Thread-local: NCCL's own threads may ask the device for news meanwhile.
         with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            result = step()
-        return graph.replay, result
+            results = step()
+        return graph.replay, results
 
     return record
 
@@ -43,13 +44,56 @@ def rows_for(n: int) -> int:
     return 3 * power // 4 if power >= 4 and n <= 3 * power // 4 else power
 
 
+class Seats:
+    """The numbers of a batch of so many rows, of one token each, where a recording reads them: one copy fills them."""
+
+    def __init__(self, rows: int, stop: int, device: torch.device) -> None:
+        self._rows, self._width = rows, -(-stop // PAGE_SIZE)
+        of_tokens, of_spans = 4 * rows, rows * (self._width + 2)  # of eight bytes, and of four
+        size = of_tokens + -(-of_spans // 2)
+        self._there = torch.zeros(size, dtype=torch.int64, device=device)
+        self._here = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._tokens, self._tables, self._ends = self._parts(self._here)
+        tokens, tables, ends = self._parts(self._there)
+        a, b, c, d = tokens.unbind()
+        starts, counts = ends.unbind()
+        self.batch = Batch(a, b, c, d, (), tables, starts, counts, stop)
+
+    def _parts(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What Laid has in a row: [4, rows] int64, tables [rows, width] and [2, rows] int32."""
+        tokens, spans = numbers[: 4 * self._rows], numbers[4 * self._rows :].view(torch.int32)
+        end = self._rows * self._width
+        ends = spans[end : end + 2 * self._rows]
+        return tokens.view(4, -1), spans[:end].view(self._rows, -1), ends.view(2, -1)
+
+    def take(self, laid: Laid) -> None:
+        """Fill them with a batch, its last row standing for those it lacks."""
+        n, width = laid.n, laid.width
+        if self._copied is not None:
+            self._copied.synchronize()  # the copy before this one has been made
+        of_spans = torch.frombuffer(laid.of_spans, dtype=torch.int32)
+        tables, ends = of_spans[: n * width], of_spans[n * width :]
+        for ours, theirs in (
+            (self._tokens.T, torch.frombuffer(laid.of_tokens, dtype=torch.int64).view(4, n).T),
+            (self._tables[:, :width], tables.view(n, width)),
+            (self._ends.T, ends.view(2, n).T),
+        ):
+            ours[:n] = theirs
+            if n < self._rows:
+                ours[n:] = theirs[-1]
+        self._there.copy_(self._here, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+
 @dataclass(frozen=True)
 class Recording:
-    """`play` runs the pass over the tokens in `batch`, and leaves `hidden` [rows, dim]."""
+    """`play` runs the pass over the batch in `seats`, and leaves `results`, a row of each for a row of the batch."""
 
-    batch: Batch
+    seats: Seats
     play: Callable[[], object]
-    hidden: torch.Tensor
+    results: Results
 
 
 class Recordings:
@@ -60,58 +104,38 @@ class Recordings:
 
     def __init__(
         self,
-        forward: Callable[[Batch], torch.Tensor],
+        forward: Callable[[Batch], Results],
         record: Record,
         max_seq_len: int,
         device: torch.device,
         most: int = MOST,
     ) -> None:
         self._forward, self._record, self._most = forward, record, most
-        self._stop = max_seq_len
-        width = -(-max_seq_len // PAGE_SIZE)
-        # One place for the tokens of all recordings: they read it from addresses that do not change.
-        self._of_tokens = torch.zeros(4, most, dtype=torch.int64, device=device)
-        self._of_spans = torch.zeros(2, most, dtype=torch.int32, device=device)
-        self._tables = torch.zeros(most, width, dtype=torch.int32, device=device)
+        self._stop, self._device = max_seq_len, device
         self._made: dict[int, Recording] = {}
         self._works = True
 
-    def serves(self, batch: Batch) -> bool:
+    def serves(self, laid: Laid) -> bool:
         """Whether such a batch is played: each sequence has one token, and all of them have room."""
-        n = len(batch.tokens)
-        return self._works and n == len(batch.spans) and rows_for(n) <= self._most and batch.stop <= self._stop
+        n = laid.n
+        return self._works and n == len(laid.spans) and rows_for(n) <= self._most and laid.stop <= self._stop
 
-    def run(self, batch: Batch) -> torch.Tensor:
-        """`forward` of a batch that is served: [n, dim], which the next call may overwrite."""
-        n = len(batch.tokens)
+    def run(self, laid: Laid) -> Results:
+        """`forward` of a batch that is served: [n, ...] each, which the next call may overwrite."""
+        n = laid.n
         rows = rows_for(n)
-        self._take(batch, rows)
         found = self._made.get(rows)
         if found is not None:
+            found.seats.take(laid)
             found.play()
-            return found.hidden[:n]
-        held = self._held(rows)
-        hidden = self._forward(held)  # first as it is: kernels are compiled, and memory is found, before it is recorded
+            return tuple(result[:n] for result in found.results)
+        seats = Seats(rows, self._stop, self._device)
+        seats.take(laid)
+        # First as it is: kernels are compiled, and memory is found, before it is recorded.
+        results = self._forward(seats.batch)
         try:
-            self._made[rows] = Recording(held, *self._record(lambda: self._forward(held)))
+            self._made[rows] = Recording(seats, *self._record(lambda: self._forward(seats.batch)))
         except RuntimeError as err:
             self._works = False
             log.info("steps are launched kernel by kernel: recording one failed: %s", str(err).splitlines()[0][:300])
-        return hidden[:n]
-
-    def _take(self, batch: Batch, rows: int) -> None:
-        n = len(batch.tokens)
-        width = batch.tables.shape[1]
-        for ours, theirs in (
-            *zip(self._of_tokens, (batch.tokens, batch.positions, batch.lengths, batch.slots), strict=True),
-            *zip(self._of_spans, (batch.starts, batch.counts), strict=True),
-            (self._tables[:, :width], batch.tables),
-        ):
-            ours[:n] = theirs
-            ours[n:rows] = theirs[-1]
-
-    def _held(self, rows: int) -> Batch:
-        """The batch of that many rows which recordings read."""
-        tokens, positions, lengths, slots = self._of_tokens[:, :rows].unbind()
-        starts, counts = self._of_spans[:, :rows].unbind()
-        return Batch(tokens, positions, lengths, slots, (), self._tables[:rows], starts, counts, self._stop)
+        return tuple(result[:n] for result in results)

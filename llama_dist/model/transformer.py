@@ -12,8 +12,7 @@ from llama_dist.kernels import program as programs
 from llama_dist.kernels.attention import compiled_for, paged
 from llama_dist.kernels.linear import FEW, compiled
 from llama_dist.kernels.program import Call, Program
-from llama_dist.kernels.single import likeliest
-from llama_dist.kernels.small import silu_mul
+from llama_dist.kernels.single import found_of, likeliest
 from llama_dist.model.attention import Attention
 from llama_dist.model.cache import PAGE_SIZE, Batch, KVCache, Laid
 from llama_dist.model.norm import RMSNorm
@@ -49,7 +48,7 @@ class FeedForward(nn.Module):
         self.w13 = FusedColumns(self.w1, self.w3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(silu_mul(*self.w13(x)))  # type: ignore[no-any-return]
+        return self.w2(self.w13.gated(x))  # type: ignore[no-any-return]
 
     def lay(self, program: Program, x: torch.Tensor) -> torch.Tensor:
         """Append it to a program."""
@@ -70,10 +69,17 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, part)
 
     def forward(
-        self, x: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor], cache: KVCache
-    ) -> torch.Tensor:
-        x, normed = self.ffn_norm.of_sum(x, self.attention(self.attention_norm(x), batch, angles, cache))
-        return x + self.feed_forward(normed)  # type: ignore[no-any-return]
+        self,
+        x: torch.Tensor,
+        normed: torch.Tensor,
+        after: RMSNorm,
+        batch: Batch,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        cache: KVCache,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stream x [n, dim], normed for this layer, past it; and that normed by `after`, the next one's norm."""
+        x, normed = self.ffn_norm.of_sum(x, self.attention(normed, batch, angles, cache))
+        return after.of_sum(x, self.feed_forward(normed))
 
 
 class Transformer(nn.Module):
@@ -100,6 +106,7 @@ class Transformer(nn.Module):
         self._laid: tuple[KVCache, int] | None = None  # what it was laid out for last
         self._scored: tuple[torch.Tensor, torch.Tensor] | None = None  # hidden states, and logits computed with them
         self._found: array[int] | None = None  # the likeliest tokens of these logits, where a rank has all of them
+        self._likeliest: torch.Tensor | None = None  # the same of a recorded pass, on the device
         self._views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by the number of rows, what the program leaves
 
     def weights(self) -> dict[str, tuple[torch.Tensor | Packed, Placement]]:
@@ -155,7 +162,7 @@ class Transformer(nn.Module):
         x, normed = program.rows("x", self.config.dim), program.rows("normed", self.config.dim)
         self.tok_embeddings.lay(program, x)
         layers: list[Block] = list(self.layers)  # type: ignore[arg-type]
-        norms = [layer.attention_norm for layer in layers] + [self.norm]
+        norms = self._norms()
         program.norm(x, norms[0].weight, norms[0].eps, normed)
         for layer, after in zip(layers, norms[1:], strict=True):
             y = layer.attention.lay(program, normed, cache)
@@ -170,8 +177,13 @@ class Transformer(nn.Module):
 
     def record(self, cache: KVCache, max_seq_len: int, record: Record) -> None:
         """Have passes of one token a sequence over this cache recorded with `record`, and played, from now on."""
-        made = Recordings(lambda batch: self._layers(batch, cache), record, max_seq_len, self.norm.weight.device)
-        self.recordings = cache, made
+
+        def step(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            hidden = self._layers(batch, cache)
+            logits = self.logits(hidden)
+            return hidden, logits, found_of(logits)
+
+        self.recordings = cache, Recordings(step, record, max_seq_len, self.norm.weight.device)
 
     def take_sums(self, reproducible: bool) -> None:
         """From now on take sums by unit, or as is the fastest. Every rank of the group calls it alike."""
@@ -188,19 +200,28 @@ class Transformer(nn.Module):
         They may be overwritten by the next call. `scored`: `logits` of all of them will be asked for next, so these may
         be computed at once.
         """
-        self._scored = None
+        self._scored = self._likeliest = None
         if self.program is not None and self.program[0] is cache and laid.n <= self.program[1].most:
             return self._run(self.program[1], laid, cache, scored)
-        if self.recordings is not None and self.recordings[0] is cache and self.recordings[1].serves(laid.batch):
-            return self.recordings[1].run(laid.batch)
+        if scored and self.recordings is not None and self.recordings[0] is cache and self.recordings[1].serves(laid):
+            hidden, logits, self._likeliest = self.recordings[1].run(laid)
+            self._scored = hidden, logits
+            return hidden
         return self._layers(laid.batch, cache)
 
     def _layers(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         angles = self.rope.angles(batch.positions, batch.lengths, batch.stop)
         x = self.tok_embeddings(batch.tokens)
-        for layer in self.layers:
-            x = layer(x, batch, angles, cache)
-        return self.norm(x)  # type: ignore[no-any-return]
+        norms = self._norms()
+        normed = norms[0](x)
+        for layer, after in zip(self.layers, norms[1:], strict=True):
+            x, normed = layer(x, normed, after, batch, angles, cache)
+        return normed  # type: ignore[no-any-return]
+
+    def _norms(self) -> list[RMSNorm]:
+        """Each layer's first, and the last one."""
+        layers: list[Block] = list(self.layers)  # type: ignore[arg-type]
+        return [*(layer.attention_norm for layer in layers), self.norm]
 
     def _run(self, program: Program, laid: Laid, cache: KVCache, scored: bool) -> torch.Tensor:
         n, n_spans, vocab = laid.n, len(laid.spans), self.config.vocab_size
@@ -238,6 +259,9 @@ class Transformer(nn.Module):
 
     def likeliest(self, logits: torch.Tensor) -> list[int]:
         """The likeliest token of each row of what `logits` gave; -1 where a number is not finite."""
-        if self._found is not None and self._scored is not None and self._scored[1] is logits:
-            return self._found[: logits.shape[0]].tolist()
+        if self._scored is not None and self._scored[1] is logits:
+            if self._likeliest is not None:
+                return self._likeliest.tolist()
+            if self._found is not None:
+                return self._found[: logits.shape[0]].tolist()
         return likeliest(logits)

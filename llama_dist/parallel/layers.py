@@ -18,8 +18,9 @@ from fairscale.nn.model_parallel import initialize as fs
 from fairscale.nn.model_parallel import layers as fs_layers
 from torch import nn
 
-from llama_dist.kernels.linear import fastest, linear, unit_sums
+from llama_dist.kernels.linear import fastest, linear, single, unit_sums
 from llama_dist.kernels.program import Program
+from llama_dist.kernels.small import silu_mul
 from llama_dist.kernels.tree import Node, roots, total
 from llama_dist.parallel import shared
 from llama_dist.parallel.control import guarded
@@ -207,6 +208,14 @@ class FusedColumns(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self._split(product(x, self.weight, self.bias, self.reproducible))
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """Of two layers: silu of the first one's y times the second one's, [n, features]."""
+        if isinstance(self.weight, torch.Tensor) and self.bias is None and not self.reproducible and single(x):
+            from llama_dist.kernels import triton_single
+
+            return triton_single.gated(x, self.weight)
+        return silu_mul(*self.forward(x))
 
     def lay(self, program: Program, x: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
         """Append it to a program; the rows it makes are called `name`."""
