@@ -255,7 +255,7 @@ def made(kernel, arch, constants, aligned, n_warps):
     kinds = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(lists, "*i32") | {"scale": "fp32", "eps": "fp32"}
     kinds |= {"codes": "*i32", "scales": "*u8", "factors": "*fp32"}
     kinds |= {"k": "*bf16", "v": "*bf16", "cos": "*fp32", "sin": "*fp32", "slots": "*i64", "logits": "*bf16"}
-    kinds |= dict.fromkeys(("params", "found", "places"), "*i64") | dict.fromkeys(("mass", "before", "after"), "*fp64")
+    kinds |= dict.fromkeys(("params", "found", "places"), "*i64") | dict.fromkeys(("mass", "before", "after"), "*fp64") | {"sums": "*fp32"}
     kinds |= dict.fromkeys(("state", "next_state"), "*fp64")
     names = kernel.arg_names
     constants = {**constants, "AHEAD": arch >= 90}
@@ -274,14 +274,18 @@ schemes = [
 row = {"HAS_BIAS": False, "K": 4096, "COLUMNS": 2, "DEPTH": triton_single.DEPTH, "AT_ONCE": triton_single.AT_ONCE}
 draw = {"N_PARAMS": triton_draw.N_PARAMS, "N_PARTS": triton_draw.N_PARTS, "N_STATE": triton_draw.N_STATE}
 draw |= {"CHUNK": triton_draw.CHUNK, "CHUNKS": 64, "CLOSE": 1e-9, "SMALLEST": 1e-6, "UNSURE": -1}
-spans = {"SIZE": 64, "WIDTH": 64, "PAGE": 16, "ROWS": 64, "KEYS": triton_attention.KEYS, "LISTED": 128}
+spans = {"SIZE": 64, "WIDTH": 64, "PAGE": 16, "ROWS": 64, "KEYS": 32, "SECTION": 512, "LISTED": 128}
 for arch, tensor_core in ((80, "mma.sync.aligned.m16n8k16"), (90, "wgmma.mma_async.sync.aligned.m64n")):
     texts = [
         made(triton_linear._tiles, arch, tiles, ("x", "w", "y", "unit", "x_stride", "w_stride"), 4),
-        made(triton_attention._spans, arch, spans, ("q", "keys", "values", "out", "cache_stride"), 4),
+        *(
+            made(triton_attention._spans, arch, {**spans, "PARTS": alone}, ("q", "keys", "values", "cache_stride"), 4)
+            for alone in (False, True)
+        ),
         *(
             made(triton_packed._blocks, arch, {**packed, **scheme}, ("x", "codes", "x_stride"), 4) for scheme in schemes
         ),
+        made(triton_attention._together, arch, {"SIZE": 64, "WIDTH": 64, "SECTION": 512}, (), 2),
         made(triton_rows._norm, arch, {"ADD": True, "WIDTH": 1024}, (), 4),
         made(triton_rows._gate, arch, {"BLOCK": 1024}, (), 4),
         *(made(triton_single._row, arch, {**row, "GATED": gated}, ("x", "w", "w_stride"), 4) for gated in (0, 1)),
@@ -289,7 +293,7 @@ for arch, tensor_core in ((80, "mma.sync.aligned.m16n8k16"), (90, "wgmma.mma_asy
         made(triton_draw._masses, arch, {"N_PARAMS": triton_draw.N_PARAMS, "CHUNK": triton_draw.CHUNK}, (), 8),
         *(made(triton_draw._round, arch, {**draw, "KIND": kind}, (), 8) for kind in range(4)),
     ]
-    assert all(tensor_core in text for text in texts[:6]), arch
+    assert all(tensor_core in text for text in texts[:7]), arch
     assert not any(re.search(r"\\b(atom|red)\\.", text) for text in texts), arch  # sums that come in any order
 print("compiled")
 """

@@ -94,11 +94,31 @@ def test_bits_do_not_depend_on_neighbours_chunks_or_pages(
     check_rows(device, dtype, of_query, window, trials=2)
 
 
+@pytest.mark.parametrize("few", [0, 512], ids=["in one program", "side by side"])
+@pytest.mark.parametrize(("of_query", "window"), [(MAPS[0], 0), (MAPS[2], 70)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_who_has_a_section(
+    device: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, of_query: tuple[int, ...], window: int, few: int
+) -> None:
+    from llama_dist.kernels import triton_attention
+
+    monkeypatch.setattr(triton_attention, "SECTION", 64)
+    monkeypatch.setattr(triton_attention, "FEW", few)
+    texts = [text(length, len(of_query), 3, 20, dtype, seed=length) for length in (200, 129, 9)]
+    alone = [attended(device, [(it, 0, len(it.q))], of_query, window)[0] for it in texts]
+    true = plain((texts[0], 0, 200), of_query, window)
+    torch.testing.assert_close(alone[0].double(), true, rtol=0, atol=ROUNDING[dtype])
+    for places in ((199, 128, 8), (63, 64, 0), (191, 65, 5)):
+        parts = [(it, place, place + 1) for it, place in zip(texts, places, strict=True)]
+        for whole, rows, place in zip(alone, attended(device, parts, of_query, window), places, strict=True):
+            assert same_bits(rows, whole[place : place + 1]), place
+
+
 @pytest.mark.parametrize("what", ["keys from the chunk's first on", "larger blocks for single tokens"])
 def test_what_is_broken_is_found(device: str, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     from llama_dist.kernels import triton_attention
 
-    real = triton_attention.attend
+    real, tile_for = triton_attention.attend, triton_attention.tile_for
 
     def from_the_window(*args: Any) -> torch.Tensor:
         q, keys, values, tables, starts, lengths, of_query, window, page = args
@@ -110,7 +130,7 @@ def test_what_is_broken_is_found(device: str, monkeypatch: pytest.MonkeyPatch, w
     def larger(*args: Any) -> torch.Tensor:
         single = args[5].max() == 1
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(triton_attention, "KEYS", 64 if single else 32)
+            m.setattr(triton_attention, "tile_for", lambda *how: tile_for(*how)._replace(keys=64 if single else 32))
             return real(*args)
 
     monkeypatch.setattr(triton_attention, "attend", from_the_window if what.startswith("keys") else larger)
@@ -181,6 +201,16 @@ def test_a_page_outside_the_cache_makes_rows_of_nan(device: str, page: int) -> N
     short = [*args[:3], args[3][:, :1].contiguous(), *args[4:]]  # a table that ends before its span
     found = attend(device, short)
     assert found[16:].isnan().all() and same_bits(found[:16], whole[:16])
+
+
+def test_a_table_that_ends_before_a_single_token_makes_it_nan(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llama_dist.kernels import triton_attention
+
+    monkeypatch.setattr(triton_attention, "SECTION", 32)
+    args = arguments([(text(100, 3, 3, 16, torch.float32), 99, 100)], MAPS[0])
+    assert not attend(device, args).isnan().any()
+    for pages in (4, 6):
+        assert attend(device, [*args[:3], args[3][:, :pages].contiguous(), *args[4:]]).isnan().all()
 
 
 @pytest.mark.gpu

@@ -1,6 +1,6 @@
 """Passes of one token a sequence, recorded once on a GPU and played again: a launch for a step instead of one a kernel.
 
-A recording has its own number of rows, so a batch is filled up with copies of its last row, which compute and write
+A recording has its own number of rows and of keys that they may have, so a batch is filled up with copies of its last row, which compute and write
 what that row does; recordings are made for numbers that leave at most a third of the rows to copies.
 """
 
@@ -16,6 +16,7 @@ from llama_dist.model.cache import PAGE_SIZE, Batch, Laid
 
 log = logging.getLogger("llama_dist")
 
+SHORT = 512  # tokens
 MOST = 256  # rows; with more a step takes longer than its launches
 
 Results = tuple[torch.Tensor, ...]
@@ -42,6 +43,14 @@ def rows_for(n: int) -> int:
     """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24 … that is at least n."""
     power: int = 2 ** (n - 1).bit_length()
     return 3 * power // 4 if power >= 4 and n <= 3 * power // 4 else power
+
+
+def stop_for(n: int) -> int:
+    """The least of SHORT, 4 SHORT, 16 SHORT … that is at least n: attention over more keys has more programs."""
+    stop = SHORT
+    while stop < n:
+        stop *= 4
+    return stop
 
 
 class Seats:
@@ -112,7 +121,7 @@ class Recordings:
     ) -> None:
         self._forward, self._record, self._most = forward, record, most
         self._stop, self._device = max_seq_len, device
-        self._made: dict[int, Recording] = {}
+        self._made: dict[tuple[int, int], Recording] = {}  # by rows, and what all positions are below
         self._works = True
 
     def serves(self, laid: Laid) -> bool:
@@ -123,18 +132,18 @@ class Recordings:
     def run(self, laid: Laid) -> Results:
         """`forward` of a batch that is served: [n, ...] each, which the next call may overwrite."""
         n = laid.n
-        rows = rows_for(n)
-        found = self._made.get(rows)
+        rows, stop = rows_for(n), min(stop_for(laid.stop), self._stop)
+        found = self._made.get((rows, stop))
         if found is not None:
             found.seats.take(laid)
             found.play()
             return tuple(result[:n] for result in found.results)
-        seats = Seats(rows, self._stop, self._device)
+        seats = Seats(rows, stop, self._device)
         seats.take(laid)
         # First as it is: kernels are compiled, and memory is found, before it is recorded.
         results = self._forward(seats.batch)
         try:
-            self._made[rows] = Recording(seats, *self._record(lambda: self._forward(seats.batch)))
+            self._made[rows, stop] = Recording(seats, *self._record(lambda: self._forward(seats.batch)))
         except RuntimeError as err:
             self._works = False
             log.info("steps are launched kernel by kernel: recording one failed: %s", str(err).splitlines()[0][:300])

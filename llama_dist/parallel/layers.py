@@ -125,7 +125,7 @@ def total_of_ranks(sums: torch.Tensor, nodes: tuple[tuple[Node, ...], ...]) -> t
 def product(x: torch.Tensor, w: torch.Tensor | Packed, bias: torch.Tensor | None, reproducible: bool) -> torch.Tensor:
     """x [n, k] times w [m, k] transposed: by the kernel whose rows keep their bits where it must be, or the fastest."""
     if isinstance(w, Packed):
-        return packed_product.linear(x, w, bias)
+        return packed_product.linear(x, w, bias, reproducible)
     return linear(x, w, bias) if reproducible else fastest(x, w, bias)
 
 

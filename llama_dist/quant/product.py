@@ -21,11 +21,17 @@ def panels(dtype: torch.dtype, device: torch.device) -> Scheme | None:
     return EXACT[dtype] if quantized.compiled(like) and not plain.multiplies_bfloat16() else None
 
 
-def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [m, k] times w [n, k] transposed, plus bias [n]: [m, n] in x's dtype. A row's bits depend on the row alone."""
+def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None, reproducible: bool = True) -> torch.Tensor:
+    """x [m, k] times w [n, k] transposed, plus bias [n]: [m, n] in x's dtype.
+
+    A row's bits depend on the row alone where that must be, and on CPUs.
+    """
     if not quantized.compiled(x):
         if triton_here.serves(x) and not w.scheme.exact:
-            from llama_dist.kernels import triton_packed
+            from llama_dist.kernels import triton_packed, triton_packed_single
+
+            if not reproducible and plain.single(x):
+                return triton_packed_single.linear(x, w, bias)
 
             return triton_packed.linear(x, w, bias)
         return linear_twin(x, w, bias)
