@@ -255,7 +255,8 @@ def made(kernel, arch, constants, aligned, n_warps):
     kinds = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(lists, "*i32") | {"scale": "fp32", "eps": "fp32"}
     kinds |= {"codes": "*i32", "scales": "*u8", "factors": "*fp32"}
     kinds |= {"k": "*bf16", "v": "*bf16", "cos": "*fp32", "sin": "*fp32", "slots": "*i64", "logits": "*bf16"}
-    kinds |= dict.fromkeys(("params", "found", "places"), "*i64") | dict.fromkeys(("mass", "before", "after"), "*fp64") | {"sums": "*fp32"}
+    kinds |= dict.fromkeys(("params", "found"), "*i64") | {"sums": "*fp32"}
+    kinds |= dict.fromkeys(("mass", "before", "after"), "*fp64")
     kinds |= dict.fromkeys(("state", "next_state"), "*fp64")
     names = kernel.arg_names
     constants = {**constants, "AHEAD": arch >= 90}

@@ -152,7 +152,7 @@ def _round(
             tl.store(to + 2, logit)
             tl.store(to + 3, greatest)
             tl.store(to + 4, whole)
-    if KIND < 3:
+    if KIND < 3:  # noqa: SIM102 - of these two the compiler settles this one
         if how == 0.0:
             at = (chunk * CHUNK + tl.arange(0, CHUNK)).to(tl.int64)
             here, scaled = _numbers(logits, param, at, vocab)

@@ -1,7 +1,8 @@
 """Passes of one token a sequence, recorded once on a GPU and played again: a launch for a step instead of one a kernel.
 
-A recording has its own number of rows and of keys that they may have, so a batch is filled up with copies of its last row, which compute and write
-what that row does; recordings are made for numbers that leave at most a third of the rows to copies.
+A recording has its own number of rows, and of keys that they may have. A batch is filled up with copies of its last
+row, which compute and write what that row does; recordings are made for numbers that leave at most a third of the rows
+to copies.
 """
 
 from __future__ import annotations
