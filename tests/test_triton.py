@@ -5,6 +5,7 @@ By Triton's interpreter where there is no GPU: that sees masks, orders and addre
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from tests.kernel_cases import askew, same_bits, totals_of_runs
 from tests.triton_cases import DEVICES, DTYPES, need_triton, running_on
 
 EPS = 1e-5
+KERNELS = Path(triton_here.__file__).parent
 SHAPES = ((1, 1, 1), (3, 70, 33), (70, 5, 100), (130, 66, 192))
 """Rows, columns, and what is summed."""
 
@@ -75,6 +77,19 @@ def check_entries(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> No
     assert hurt[m // 2].isnan().all()
     others = [i for i in range(m) if i != m // 2]
     assert same_bits(hurt[others], whole[others])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_of_all_sizes_give_the_same_bits(
+    device: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    x, w = draws(150, 200, dtype=dtype, device=device), draws(140, 200, dtype=dtype, device=device, seed=1)
+    found = []
+    sizes = (products().SQUARE, products().NARROW, products().LARGE)
+    for tile in sizes if dtype != torch.float32 else (products().OF_FLOAT32,) * 2:
+        monkeypatch.setattr(products(), "tile_for", lambda *shape, tile=tile: tile)
+        found.append(products().linear(x, w))
+    assert all(same_bits(other, found[0]) for other in found[1:])
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES[2:])
@@ -246,7 +261,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from llama_dist.kernels import (
-    triton_attention, triton_draw, triton_linear, triton_packed, triton_rope, triton_rows, triton_single
+    triton_attention, triton_draw, triton_linear, triton_packed, triton_packed_single, triton_rope, triton_rows,
+    triton_single, triton_unpack,
 )
 
 def made(kernel, arch, constants, aligned, n_warps):
@@ -255,7 +271,7 @@ def made(kernel, arch, constants, aligned, n_warps):
     kinds = dict.fromkeys(pointers, "*bf16") | dict.fromkeys(lists, "*i32") | {"scale": "fp32", "eps": "fp32"}
     kinds |= {"codes": "*i32", "scales": "*u8", "factors": "*fp32"}
     kinds |= {"k": "*bf16", "v": "*bf16", "cos": "*fp32", "sin": "*fp32", "slots": "*i64", "logits": "*bf16"}
-    kinds |= dict.fromkeys(("params", "found"), "*i64") | {"sums": "*fp32"}
+    kinds |= dict.fromkeys(("numbers", "found"), "*i64") | {"sums": "*fp32"}
     kinds |= dict.fromkeys(("mass", "before", "after"), "*fp64")
     kinds |= dict.fromkeys(("state", "next_state"), "*fp64")
     names = kernel.arg_names
@@ -266,26 +282,33 @@ def made(kernel, arch, constants, aligned, n_warps):
     options = {"num_warps": n_warps, "num_stages": 2, "enable_fp_fusion": True, "launch_pdl": arch >= 90}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
 
-tiles = {"HAS_BIAS": True, "TILE": triton_linear.TILE, "DEPTH": 64}
+tiles = [
+    {"HAS_BIAS": True, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    for tile in (triton_linear.SQUARE, triton_linear.NARROW, triton_linear.LARGE)
+]
 packed = {"HAS_BIAS": True, "TILE": triton_linear.TILE, "BLOCK": 16}
 schemes = [
     {"BITS": n, "FLOATS": floats, "WORDS": triton_packed.WORDS[n]}
     for n, floats in ((8, False), (6, False), (4, False), (8, True))
 ]
-row = {"HAS_BIAS": False, "K": 4096, "COLUMNS": 2, "DEPTH": triton_single.DEPTH, "AT_ONCE": triton_single.AT_ONCE}
+all_of = {"N_UNITS": 8, "UNIT": 512, "UNIT_WORDS": 128, "BLOCK": 16}
+one = {**all_of, "HAS_BIAS": True}
+row = {"HAS_BIAS": False, "K": 4096, "DEPTH": triton_single.DEPTH, "AT_ONCE": 3}
 draw = {"N_PARAMS": triton_draw.N_PARAMS, "N_PARTS": triton_draw.N_PARTS, "N_STATE": triton_draw.N_STATE}
 draw |= {"CHUNK": triton_draw.CHUNK, "CHUNKS": 64, "CLOSE": 1e-9, "SMALLEST": 1e-6, "UNSURE": -1}
-spans = {"SIZE": 64, "WIDTH": 64, "PAGE": 16, "ROWS": 64, "KEYS": 32, "SECTION": 512, "LISTED": 128}
+spans = {"SIZE": 64, "WIDTH": 64, "PAGE": 16, "ROWS": 64, "KEYS": 32, "SECTION": 512, "LISTED": 128, "TILES": 1}
 for arch, tensor_core in ((80, "mma.sync.aligned.m16n8k16"), (90, "wgmma.mma_async.sync.aligned.m64n")):
     texts = [
-        made(triton_linear._tiles, arch, tiles, ("x", "w", "y", "unit", "x_stride", "w_stride"), 4),
+        *(made(triton_linear._tiles, arch, tile, ("x", "w", "y", "unit", "x_stride"), 4) for tile in tiles),
         *(
-            made(triton_attention._spans, arch, {**spans, "PARTS": alone}, ("q", "keys", "values", "cache_stride"), 4)
-            for alone in (False, True)
+            made(triton_attention._spans, arch, {**spans, "ALONE": alone, "PARTS": parts}, ("q", "keys", "values"), 4)
+            for alone, parts in ((False, False), (True, False), (True, True))
         ),
         *(
             made(triton_packed._blocks, arch, {**packed, **scheme}, ("x", "codes", "x_stride"), 4) for scheme in schemes
         ),
+        *(made(triton_packed_single._row, arch, {**one, **scheme, "WORDS": 256}, ("x",), 16) for scheme in schemes),
+        *(made(triton_unpack._unpack, arch, {**all_of, **scheme, "WORDS": 64}, (), 4) for scheme in schemes),
         made(triton_attention._together, arch, {"SIZE": 64, "WIDTH": 64, "SECTION": 512}, (), 2),
         made(triton_rows._norm, arch, {"ADD": True, "WIDTH": 1024}, (), 4),
         made(triton_rows._gate, arch, {"BLOCK": 1024}, (), 4),
@@ -294,10 +317,20 @@ for arch, tensor_core in ((80, "mma.sync.aligned.m16n8k16"), (90, "wgmma.mma_asy
         made(triton_draw._masses, arch, {"N_PARAMS": triton_draw.N_PARAMS, "CHUNK": triton_draw.CHUNK}, (), 8),
         *(made(triton_draw._round, arch, {**draw, "KIND": kind}, (), 8) for kind in range(4)),
     ]
-    assert all(tensor_core in text for text in texts[:7]), arch
+    assert all(tensor_core in text for text in texts[:10]), arch
     assert not any(re.search(r"\\b(atom|red)\\.", text) for text in texts), arch  # sums that come in any order
 print("compiled")
 """
+
+
+def test_no_argument_has_a_name_that_triton_takes_for_itself() -> None:
+    """What wraps a kernel has variables of its own beside its arguments; the interpreter does without."""
+    need_triton("cpu" if not torch.cuda.is_available() else "cuda")
+    modules = [importlib.import_module(f"llama_dist.kernels.{path.stem}") for path in KERNELS.glob("triton_*.py")]
+    kernels = {name: value for module in modules for name, value in vars(module).items() if hasattr(value, "arg_names")}
+    assert len(kernels) >= 12
+    for name, kernel in kernels.items():
+        assert not {"params", "specialization", "options", "backend"} & {*kernel.arg_names}, name
 
 
 @pytest.mark.slow

@@ -63,6 +63,29 @@ def test_as_with_unpacked_weights(
     assert float(((found.double() - true).abs() / size).max()) < 4e-6 + torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize(("n", "unit", "n_units"), [(1, 1, 1), (40, 72, 1), (17, 33, 3), (19, 544, 2)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_one_row_few_rows_and_many_without_a_promise(
+    device: str, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, n: int, unit: int, n_units: int
+) -> None:
+    """Three kernels beside that of the promise: for one row, in tiles of few, and cuBLAS's after unpacking."""
+    from llama_dist.kernels import triton_unpack
+
+    monkeypatch.setattr(triton_here, "serves", lambda x: True)
+    monkeypatch.setattr(product.quantized, "compiled", lambda x: False)
+    w = packed(SCHEMES[name], n, unit, n_units, device)
+    assert torch.equal(triton_unpack.unpack(w, dtype), unpack(w).to(dtype))
+    x, bias = draws(70, unit * n_units).to(device, dtype), draws(n, seed=2).to(device, dtype)
+    plain = unpack(w).double()
+    true = x.double() @ plain.T + bias.double()
+    size = x.double().abs() @ plain.abs().T + bias.double().abs() + 1
+    for m in (1, 3, 20, 70):
+        found = product.linear(x[:m], w, bias, reproducible=False)
+        assert found.shape == (m, n) and found.dtype == dtype
+        assert float(((found.double() - true[:m]).abs() / size[:m]).max()) < 4e-6 + 2 * torch.finfo(dtype).eps, m
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_row_s_bits_are_its_own(device: str, name: str) -> None:
     w, x = packed(SCHEMES[name], 40, 72, 2, device), draws(70, 144).to(device, torch.bfloat16)

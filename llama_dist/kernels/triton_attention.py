@@ -21,7 +21,7 @@ import triton.language as tl
 from llama_dist.kernels.triton_ahead import ahead, follow
 
 SECTION = 512  # keys, whole blocks of them
-FEW = 512  # single tokens times KV heads, whose sections are computed side by side
+FEW = 128  # single tokens times KV heads, whose sections are computed side by side
 LISTED = 128  # spans looked through at a time
 ALIGNED = 16  # bytes
 FAR = 2**30  # tokens: the window where there is none
@@ -40,7 +40,7 @@ def tile_for(dtype: torch.dtype, head_dim: int) -> Tile:
     """As many rows as registers hold."""
     if dtype == torch.float32:
         return Tile(32, 32, 4 if head_dim <= 64 else 8, 1)
-    return Tile(64, 32, 4 if head_dim <= 64 else 8, 2)
+    return Tile(64, 64 if head_dim <= 128 else 32, 4, 2)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -131,30 +131,41 @@ def _spans(
     KEYS: tl.constexpr,
     SECTION: tl.constexpr,
     LISTED: tl.constexpr,
+    ALONE: tl.constexpr,
+    TILES: tl.constexpr,
     PARTS: tl.constexpr,
     AHEAD: tl.constexpr,
 ) -> None:
-    """PARTS: a section alone, for `_together`, into sums [sections, tokens, heads, WIDTH + 2]; all of them into out."""
+    """ALONE: every span is one token, of up to TILES tiles. PARTS: of it a section a program, for `_together`.
+
+    Then into sums [sections, tokens, heads, WIDTH + 2], else into out.
+    """
     follow(AHEAD)
     head = tl.load(readers + 2 * tl.program_id(1))  # the first that reads this KV head
     n_heads = tl.load(readers + 2 * tl.program_id(1) + 1)
     if n_heads == 0:
         return
-    # Which span this tile is of: each has as many as its pairs fill.
+    # Which span this tile is of, its first row of q and its first tile: each has as many as its pairs fill.
     tile = tl.program_id(0)
-    span, first, passed, before = 0, 0, 0, 0
-    for some in range(0, spans, LISTED):
-        listed = some + tl.arange(0, LISTED)
-        length = tl.load(lengths + listed, mask=listed < spans, other=0)
-        n_tiles = (length * n_heads + ROWS - 1) // ROWS
-        gone = before + tl.cumsum(n_tiles, 0) <= tile
-        span += tl.sum(gone.to(tl.int32), 0)
-        first += tl.sum(tl.where(gone, length, 0), 0)  # of the rows of q
-        passed += tl.sum(tl.where(gone, n_tiles, 0), 0)
-        before += tl.sum(n_tiles, 0)
-    if tile >= before:
-        return
-    length = tl.load(lengths + span)
+    if ALONE:
+        span = tile // TILES
+        first, passed, length = span, span * TILES, 1
+        if (tile - passed) * ROWS >= n_heads:
+            return
+    else:
+        span, first, passed, before = 0, 0, 0, 0
+        for some in range(0, spans, LISTED):
+            listed = some + tl.arange(0, LISTED)
+            n_tokens = tl.load(lengths + listed, mask=listed < spans, other=0)
+            n_tiles = (n_tokens * n_heads + ROWS - 1) // ROWS
+            gone = before + tl.cumsum(n_tiles, 0) <= tile
+            span += tl.sum(gone.to(tl.int32), 0)
+            first += tl.sum(tl.where(gone, n_tokens, 0), 0)
+            passed += tl.sum(tl.where(gone, n_tiles, 0), 0)
+            before += tl.sum(n_tiles, 0)
+        if tile >= before:
+            return
+        length = tl.load(lengths + span)
     start = tl.load(starts + span)
 
     pair = (tile - passed) * ROWS + tl.arange(0, ROWS)
@@ -264,9 +275,10 @@ def attend(
     out = torch.empty((n, heads * size), dtype=q.dtype, device=q.device)
     spans, table_width = tables.shape
     tile = tile_for(q.dtype, size)
-    tiles = n * most // tile.rows + spans  # no KV head has more
-    # As many spans as tokens have one each. Many fill a GPU without that.
-    sections = -(-table_width * page_size // SECTION) if n == spans and n * kv_heads <= FEW else 1
+    alone, each = n == spans, triton.cdiv(most, tile.rows)
+    tiles = n * each if alone else n * most // tile.rows + spans  # no KV head has more
+    # Many fill a GPU without sections of their own.
+    sections = -(-table_width * page_size // SECTION) if alone and n * kv_heads <= FEW else 1
     width = max(16, triton.next_power_of_2(size))
     parts = (sections, n, heads, width + 2) if sections > 1 else (1,)
     sums = torch.empty(parts, dtype=torch.float32, device=q.device)
@@ -300,6 +312,8 @@ def attend(
         KEYS=tile.keys,
         SECTION=SECTION,
         LISTED=LISTED,
+        ALONE=alone,
+        TILES=each,
         PARTS=sections > 1,
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -43,7 +43,7 @@ def _noise(key: tl.tensor, at: tl.tensor) -> tl.tensor:
 @triton.jit(do_not_specialize=("vocab", "chunks"))  # type: ignore[untyped-decorator]
 def _masses(
     logits: tl.tensor,
-    params: tl.tensor,
+    numbers: tl.tensor,
     mass: tl.tensor,
     vocab: tl.tensor,
     chunks: tl.tensor,
@@ -55,7 +55,7 @@ def _masses(
     follow(AHEAD)
     row, chunk = tl.program_id(1), tl.program_id(0)
     at = (chunk * CHUNK + tl.arange(0, CHUNK)).to(tl.int64)
-    _, scaled = _numbers(logits, params + row * N_PARAMS, at, vocab)
+    _, scaled = _numbers(logits, numbers + row * N_PARAMS, at, vocab)
     greatest = tl.max(scaled, 0)
     weights = tl.exp(scaled - tl.where(greatest == float("-inf"), 0.0, greatest))
     place = mass + (row * chunks + chunk) * 2
@@ -66,7 +66,7 @@ def _masses(
 @triton.jit(do_not_specialize=("vocab", "chunks"))  # type: ignore[untyped-decorator]
 def _round(
     logits: tl.tensor,
-    params: tl.tensor,
+    numbers: tl.tensor,
     mass: tl.tensor,
     before: tl.tensor,
     after: tl.tensor,
@@ -94,7 +94,7 @@ def _round(
     """
     follow(AHEAD)
     row, chunk = tl.program_id(1), tl.program_id(0)
-    param = params + row * N_PARAMS
+    param = numbers + row * N_PARAMS
     key = tl.load(param + 1).to(tl.uint64, bitcast=True)
     temperature = tl.load(param + 2).to(tl.float64, bitcast=True)
     top_p = tl.load(param + 3).to(tl.float64, bitcast=True)

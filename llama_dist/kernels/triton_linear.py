@@ -1,14 +1,16 @@
 """Products in Triton whose sums have a fixed order: y = x W^T, and its partial sums by unit.
 
-The tile has one size whatever the shapes, and a program sums over K from its beginning to its end: cuBLAS, which picks
-its kernel by shape, may split K for few rows. Rows and columns past the last are zeros. So an entry of y has the same
-bits whatever is computed beside it. Number of rows and columns are kept from the compiler, which might take another
-way for special ones.
+A program sums over K from its beginning to its end: cuBLAS, which picks its kernel by shape, may split K for few rows.
+Rows and columns past the last are zeros. The tile's size goes by the shape, but a tensor core adds up an entry in the
+same order in tiles of all these sizes (seen on an H200; a run that promises bits looks whether it is so where it runs).
+So an entry of y has the same bits whatever is computed beside it. Number of rows and columns are kept from the
+compiler, which might take another way for special ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,10 +19,34 @@ import triton.language as tl
 from llama_dist.kernels.tree import roots
 from llama_dist.kernels.triton_ahead import ahead, follow
 
-TILE = 64  # rows and columns
-DEPTH = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}  # entries of K loaded at a time: 128 bytes
+TILE = 64  # rows
 FUSED = True  # multiply and add in one rounding, whatever Triton's default is
 SCRATCH = 2**24  # numbers of partial products at a time
+
+
+class Tile(NamedTuple):
+    """Rows, columns and entries of K at a time; and how Triton is told to compute them."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+OF_FLOAT32 = Tile(64, 64, 32, 4, 3)
+SQUARE, NARROW, LARGE = Tile(64, 64, 64, 4, 3), Tile(64, 32, 128, 4, 4), Tile(128, 128, 64, 8, 3)
+FILLED = 256  # programs that keep a GPU's memory busy; large tiles are worth it from a quarter of that on
+
+
+def tile_for(dtype: torch.dtype, rows: int, columns: int, planes: int) -> Tile:
+    """The fastest one: large where there is work for it, narrow where square ones would be few."""
+    if dtype == torch.float32:
+        return OF_FLOAT32
+    if rows > TILE and triton.cdiv(rows, 128) * triton.cdiv(columns, 128) * planes >= FILLED // 4:
+        return LARGE
+    few = triton.cdiv(rows, TILE) * triton.cdiv(columns, TILE) * planes < FILLED
+    return NARROW if few else SQUARE
 
 
 @triton.jit(do_not_specialize=("rows", "columns"))  # type: ignore[untyped-decorator]
@@ -35,19 +61,20 @@ def _tiles(
     x_stride: tl.tensor,
     w_stride: tl.tensor,
     HAS_BIAS: tl.constexpr,
-    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     AHEAD: tl.constexpr,
 ) -> None:
     """One tile of one plane of y [units, rows, columns]: the product over that unit of x [rows, K], w [columns, K]."""
     follow(AHEAD)
-    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     plane = tl.program_id(2).to(tl.int64)
     x_row = x + row[:, None] * x_stride + plane * unit
     w_row = w + column[:, None] * w_stride + plane * unit
     is_row, is_column = (row < rows)[:, None], (column < columns)[:, None]
-    total = tl.zeros((TILE, TILE), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, unit, DEPTH):
         at = start + tl.arange(0, DEPTH)
         inside = (at < unit)[None, :]
@@ -66,7 +93,8 @@ def _run(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.T
     assert bias is None or bias.is_contiguous()
     planes, rows, columns = y.shape
     if y.numel():
-        grid = (triton.cdiv(rows, TILE), triton.cdiv(columns, TILE), planes)
+        tile = tile_for(x.dtype, rows, columns, planes)
+        grid = (triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns), planes)
         _tiles[grid](
             x,
             w,
@@ -78,10 +106,11 @@ def _run(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.T
             x.stride(0),
             w.stride(0),
             HAS_BIAS=bias is not None,
-            TILE=TILE,
-            DEPTH=DEPTH[x.dtype],
-            num_warps=4,
-            num_stages=3,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            DEPTH=tile.depth,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
             enable_fp_fusion=FUSED,
             **ahead(x.device),
         )

@@ -17,6 +17,7 @@ from llama_dist.kernels.triton_linear import FUSED, TILE, in_steps
 from llama_dist.quant.packed import Packed
 from llama_dist.quant.scheme import BLOCK, GROUP, groups_of
 
+FEW = 16  # rows, of which a matrix unit takes a tile with less beside it
 WORDS = {8: 64, 6: 32, 4: 32}  # by the bits of a code: words of a row multiplied at a time, of 256 numbers
 
 
@@ -74,7 +75,7 @@ def _blocks(
             word = tl.load(block_codes + ((group * STORED + step) * BLOCK)[:, None], mask=held, other=0)
             if BITS == 6:
                 more = tl.load(block_codes + ((group * STORED + 4 + step // 2) * BLOCK)[:, None], mask=held, other=0)
-                more = more >> (step % 2 * 4)[:, None]
+                more = more >> (step % 2 * 4).to(tl.int32)[:, None]
             if FLOATS:
                 pass
             elif BITS == 4:
@@ -93,7 +94,8 @@ def _blocks(
                     bits = ((code << 24) >> 4) & -0x78100000  # 0x87f00000
                     steps = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
                 else:
-                    steps = (code.to(tl.float32) - zero) * scale
+                    # 2^23 + code, as its bits say, less 2^23: sooner than a conversion
+                    steps = ((code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0 - zero) * scale
                 w = (steps * factor).to(x.dtype.element_ty)
                 a = tl.load(x_row + (part * part_stride + at)[None, :], mask=is_row & inside[None, :], other=0.0)
                 total = tl.dot(a, w, total, input_precision="ieee")
@@ -112,8 +114,10 @@ def _parts(x: torch.Tensor, w: Packed) -> torch.Tensor:
     return laid.reshape(len(x), halves * 4, -1).contiguous()
 
 
-def _run(x: torch.Tensor, w: Packed, bias: torch.Tensor | None, y: torch.Tensor, n_units: int) -> torch.Tensor:
-    """y [planes, M, N], packed, of x [M, K] and w [N, K]; a plane has so many units."""
+def _run(
+    x: torch.Tensor, w: Packed, bias: torch.Tensor | None, y: torch.Tensor, n_units: int, few: bool = False
+) -> torch.Tensor:
+    """y [planes, M, N], packed, of x [M, K] and w [N, K]; a plane has so many units. `few`: in tiles of FEW rows."""
     assert w.scheme.bits in WORDS and x.shape[1] == w.shape[1], (w.scheme, x.shape, w.shape)
     laid = [t.stride(2) == 1 and t.stride(1) == t.shape[2] for t in w.parts if t.numel()]
     assert all(laid), "the groups of a block in one piece"
@@ -121,7 +125,10 @@ def _run(x: torch.Tensor, w: Packed, bias: torch.Tensor | None, y: torch.Tensor,
     planes, rows, columns = y.shape
     if y.numel():
         parts, codes = _parts(x, w), w.codes.view(torch.int32)
-        _blocks[(triton.cdiv(rows, TILE), triton.cdiv(columns, BLOCK), planes)](
+        tile, warps, stages = (FEW, 2, 2) if few else (TILE, 4, 3)
+        if x.dtype == torch.float32:
+            stages = 1  # three take more than some devices share
+        _blocks[(triton.cdiv(rows, tile), triton.cdiv(columns, BLOCK), planes)](
             parts,
             codes,
             w.scales,
@@ -140,21 +147,24 @@ def _run(x: torch.Tensor, w: Packed, bias: torch.Tensor | None, y: torch.Tensor,
             HAS_BIAS=bias is not None,
             BITS=w.scheme.bits,
             FLOATS=w.scheme.floats,
-            TILE=TILE,
+            TILE=tile,
             WORDS=WORDS[w.scheme.bits],
             BLOCK=BLOCK,
-            num_warps=4,
-            num_stages=1 if x.dtype == torch.float32 else 3,  # of float32 three take more than some devices share
+            num_warps=warps,
+            num_stages=stages,
             enable_fp_fusion=FUSED,
             **ahead(x.device),
         )
     return y
 
 
-def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """As `quant.product.linear`: x [M, K] times w [N, K] transposed, plus bias [N] -> [M, N] in x's dtype."""
+def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None, few: bool = False) -> torch.Tensor:
+    """As `quant.product.linear`: x [M, K] times w [N, K] transposed, plus bias [N] -> [M, N] in x's dtype.
+
+    `few`: by another tile, for few rows that need not have the bits that they have among many.
+    """
     y = torch.empty(1, x.shape[0], w.rows, dtype=x.dtype, device=x.device)
-    return _run(x, w, bias, y, w.n_units)[0]
+    return _run(x, w, bias, y, w.n_units, few)[0]
 
 
 def unit_sums(x: torch.Tensor, w: Packed, first: int) -> torch.Tensor:

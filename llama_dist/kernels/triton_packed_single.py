@@ -14,8 +14,8 @@ from llama_dist.kernels.triton_ahead import ahead
 from llama_dist.quant.packed import Packed
 from llama_dist.quant.scheme import BLOCK, groups_of
 
-WORDS = 64  # of a row, loaded at a time: of four bytes
-AT_ONCE = 4  # such loads under way
+WORDS = 256  # of a row, loaded at a time: of four bytes
+WARPS = 16
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -25,23 +25,29 @@ def _part(
     scales: tl.tensor,
     factors: tl.tensor,
     at: tl.tensor,
-    u: tl.tensor,
+    N_UNITS: tl.constexpr,
     UNIT: tl.constexpr,
     UNIT_WORDS: tl.constexpr,
     BITS: tl.constexpr,
     FLOATS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """x times the weights of the words `at` of sixteen rows, which lie in unit u: [words, BLOCK] float32."""
+    """x times the weights of the words `at` of sixteen rows: [words, BLOCK] float32."""
     LINES: tl.constexpr = 8 if BITS == 8 else 4  # words of a group of a row
     lane = tl.arange(0, BLOCK)[None, :]
     group, step = at // LINES, at % LINES
-    word = tl.load(codes + ((group * BITS + step) * BLOCK)[:, None] + lane)
+    there = at < N_UNITS * UNIT_WORDS
+    held = there[:, None] & (lane < BLOCK)
+    word = tl.load(codes + ((group * BITS + step) * BLOCK)[:, None] + lane, mask=held, other=0)
     if BITS == 6:
-        more = tl.load(codes + ((group * BITS + 4 + step // 2) * BLOCK)[:, None] + lane)
+        more = tl.load(codes + ((group * BITS + 4 + step // 2) * BLOCK)[:, None] + lane, mask=held, other=0)
         more = more >> (step % 2 * 4)[:, None]
-    factor = tl.load(factors + u * BLOCK + lane)
-    in_unit = (group - u * (UNIT_WORDS // LINES)) * 32 + step * 4  # of the word's first code
+    u = at // UNIT_WORDS
+    if N_UNITS == 1:
+        factor = tl.load(factors + lane)
+    else:
+        factor = tl.load(factors + (u * BLOCK)[:, None] + lane, mask=held, other=0.0)
+    in_unit = (group - u * (UNIT_WORDS // LINES)) * 32 + step * 4  # the place of the word's first code
     sums = tl.zeros(word.shape, tl.float32)
     all_x = tl.zeros(at.shape, tl.float32)
     for part in tl.static_range(32 // LINES):
@@ -49,7 +55,7 @@ def _part(
         if BITS == 6:
             code |= ((more >> (8 * (part % 4) + 2 * (part // 4))) & 3) << 4
         here = in_unit + 16 * (part // 4) + part % 4
-        by = tl.load(x + u * UNIT + here, mask=here < UNIT, other=0.0).to(tl.float32)
+        by = tl.load(x + u * UNIT + here, mask=there & (here < UNIT), other=0.0).to(tl.float32)
         if FLOATS:  # its bits, moved to those of a float, are a 2^120th of it
             bits = ((code << 24) >> 4) & -0x78100000  # 0x87f00000
             number = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
@@ -61,11 +67,11 @@ def _part(
         return sums * factor
     if BITS == 4:
         of_group = scales + (group * 2 * BLOCK)[:, None] + lane
-        zero = tl.load(of_group + BLOCK).to(tl.float32) * 0.0625
+        zero = tl.load(of_group + BLOCK, mask=held, other=0).to(tl.float32) * 0.0625
     else:
         of_group = scales + (group * BLOCK)[:, None] + lane
         zero = tl.full(word.shape, 1 << (BITS - 1), tl.float32)
-    return (sums - zero * all_x[:, None]) * (tl.load(of_group).to(tl.float32) * factor)
+    return (sums - zero * all_x[:, None]) * (tl.load(of_group, mask=held, other=0).to(tl.float32) * factor)
 
 
 @triton.jit(do_not_specialize=("columns",))  # type: ignore[untyped-decorator]
@@ -87,11 +93,10 @@ def _row(
     BITS: tl.constexpr,
     FLOATS: tl.constexpr,
     WORDS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
     AHEAD: tl.constexpr,
 ) -> None:
-    """Sixteen entries of y [columns]; all WORDS lie in one unit."""
+    """Sixteen entries of y [columns]."""
     if AHEAD:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -100,40 +105,19 @@ def _row(
     of_codes, of_scales = codes + block * codes_stride, scales + block * scales_stride
     of_factors = factors + block * factors_stride
     total = tl.zeros((WORDS, BLOCK), tl.float32)
-    ALL: tl.constexpr = N_UNITS * UNIT_WORDS
-    WHOLE: tl.constexpr = ALL // (WORDS * AT_ONCE) * (WORDS * AT_ONCE)
-    for start in range(0, WHOLE, WORDS * AT_ONCE):
-        for i in tl.static_range(AT_ONCE):
-            first = start + i * WORDS
-            at = first + tl.arange(0, WORDS)
-            u = first // UNIT_WORDS
-            total += _part(x, of_codes, of_scales, of_factors, at, u, UNIT, UNIT_WORDS, BITS, FLOATS, BLOCK)
-    for i in tl.static_range((ALL - WHOLE) // WORDS):
-        at = WHOLE + i * WORDS + tl.arange(0, WORDS)
-        u = (WHOLE + i * WORDS) // UNIT_WORDS
-        total += _part(x, of_codes, of_scales, of_factors, at, u, UNIT, UNIT_WORDS, BITS, FLOATS, BLOCK)
+    for start in range(0, N_UNITS * UNIT_WORDS, WORDS):
+        at = start + tl.arange(0, WORDS)
+        total += _part(x, of_codes, of_scales, of_factors, at, N_UNITS, UNIT, UNIT_WORDS, BITS, FLOATS, BLOCK)
     found = tl.sum(total, 0)
     if HAS_BIAS:
         found += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
     tl.store(y + column, found.to(y.dtype.element_ty), mask=column < columns)
 
 
-def unit_words_of(w: Packed) -> int:
-    """Words of a unit of a row that hold a code, or of six bits its low ones."""
-    return groups_of(w.unit) * (8 if w.scheme.bits == 8 else 4)
-
-
-def words_at_a_time(w: Packed) -> int:
-    """The most words, a power of two up to WORDS, that units are whole numbers of."""
-    unit_words = unit_words_of(w)
-    return min(WORDS, unit_words & -unit_words)
-
-
 def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
     """As `quant.product.linear` of x [1, K]."""
     assert x.shape == (1, w.shape[1]) and x.stride(1) == 1 and not w.scheme.exact, (x.shape, w.shape, w.scheme)
     y = torch.empty(1, w.rows, dtype=x.dtype, device=x.device)
-    words = words_at_a_time(w)
     codes = w.codes.view(torch.int32)
     _row[(len(codes),)](
         x,
@@ -148,14 +132,14 @@ def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torc
         w.factors.stride(0),
         N_UNITS=w.n_units,
         UNIT=w.unit,
-        UNIT_WORDS=unit_words_of(w),
+        UNIT_WORDS=groups_of(w.unit)
+        * (8 if w.scheme.bits == 8 else 4),  # that hold codes, or of six bits their low ones
         HAS_BIAS=bias is not None,
         BITS=w.scheme.bits,
         FLOATS=w.scheme.floats,
-        WORDS=words,
-        AT_ONCE=AT_ONCE,
+        WORDS=WORDS,
         BLOCK=BLOCK,
-        num_warps=4,
+        num_warps=WARPS,
         **ahead(x.device),
     )
     return y

@@ -55,7 +55,8 @@ def _rotate(
     else:
         head = (part - q_parts) * HEADS + tl.arange(0, HEADS)
         slot = tl.load(slots + row)
-        mine = (head < kv_heads)[:, None] & inside & (slot >= 0) & (slot < slots_there)
+        there = tl.where((slot >= 0) & (slot < slots_there), kv_heads, 0)
+        mine = (head < there)[:, None] & inside
         column = head[:, None] * (2 * HALF) + at[None, :]
         a = tl.load(k + row * k_stride + column, mask=mine, other=0.0).to(tl.float32)
         b = tl.load(k + row * k_stride + column + HALF, mask=mine, other=0.0).to(tl.float32)

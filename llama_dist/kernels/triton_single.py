@@ -11,9 +11,7 @@ import triton.language as tl
 
 from llama_dist.kernels.triton_ahead import ahead
 
-DEPTH = 1024  # entries of a row of W loaded at a time
-AT_ONCE = 4  # such loads under way in a program
-COLUMNS = 2  # rows of W that a program multiplies
+DEPTH = 2048  # entries of a row of W loaded at a time; half as many of two rows
 
 
 @triton.jit(do_not_specialize=("columns",))  # type: ignore[untyped-decorator]
@@ -27,28 +25,25 @@ def _row(
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
     K: tl.constexpr,
-    COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     AT_ONCE: tl.constexpr,
     AHEAD: tl.constexpr,
 ) -> None:
-    """y [columns]; GATED: silu of it times that of the next `columns` rows of W, rounded as by three kernels."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    """An entry of y [columns]. GATED: its silu, times what the next `columns` rows of W give, rounded as by three."""
+    column = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, DEPTH)
-    place = w + column.to(tl.int64)[:, None] * w_stride + at[None, :]
+    place = w + column * w_stride + at
     up = place + columns.to(tl.int64) * w_stride
-    mine = (column < columns)[:, None]
-    total = tl.zeros((COLUMNS, DEPTH), tl.float32)
-    other = tl.zeros((COLUMNS, DEPTH), tl.float32)
+    total = tl.zeros((DEPTH,), tl.float32)
+    other = tl.zeros((DEPTH,), tl.float32)
     if AHEAD:  # what the kernel in front does not write is read before it has ended
         tl.extra.cuda.gdc_launch_dependents()
-    inside = (at < K)[None, :]
-    first = tl.load(place, mask=mine & inside, other=0.0)
+    first = tl.load(place, mask=at < K, other=0.0)
     if GATED:
-        first_up = tl.load(up, mask=mine & inside, other=0.0)
+        first_up = tl.load(up, mask=at < K, other=0.0)
     if AHEAD:
         tl.extra.cuda.gdc_wait()
-    by = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)[None, :]
+    by = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
     total += first.to(tl.float32) * by
     if GATED:
         other += first_up.to(tl.float32) * by
@@ -56,25 +51,25 @@ def _row(
         for step in tl.static_range(AT_ONCE):
             here = start + step * DEPTH
             there = here + at < K
-            by = tl.load(x + here + at, mask=there, other=0.0).to(tl.float32)[None, :]
-            total += tl.load(place + here, mask=mine & there[None, :], other=0.0).to(tl.float32) * by
+            by = tl.load(x + here + at, mask=there, other=0.0).to(tl.float32)
+            total += tl.load(place + here, mask=there, other=0.0).to(tl.float32) * by
             if GATED:
-                other += tl.load(up + here, mask=mine & there[None, :], other=0.0).to(tl.float32) * by
-    found = tl.sum(total, 1)
+                other += tl.load(up + here, mask=there, other=0.0).to(tl.float32) * by
+    found = tl.sum(total, 0)
     kind = y.dtype.element_ty
     if HAS_BIAS:
-        found += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
+        found += tl.load(bias + column).to(tl.float32)
     if GATED:
         gate = found.to(kind).to(tl.float32)
         silu = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
-        found = silu * tl.sum(other, 1).to(kind).to(tl.float32)
-    tl.store(y + column, found.to(kind), mask=column < columns)
+        found = silu * tl.sum(other, 0).to(kind).to(tl.float32)
+    tl.store(y + column, found.to(kind))
 
 
 def _run(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, gated: bool) -> torch.Tensor:
     assert x.shape[0] == 1 and x.dtype == w.dtype and x.stride(1) == w.stride(1) == 1, (x.shape, w.stride())
-    columns, each = y.shape[1], 1 if gated else COLUMNS
-    _row[(triton.cdiv(columns, each),)](
+    columns = y.shape[1]
+    _row[(columns,)](
         x,
         w,
         w if bias is None else bias,
@@ -84,9 +79,8 @@ def _run(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.T
         HAS_BIAS=bias is not None,
         GATED=gated,
         K=x.shape[1],
-        COLUMNS=each,
-        DEPTH=DEPTH,
-        AT_ONCE=AT_ONCE,
+        DEPTH=DEPTH // 2 if gated else DEPTH,
+        AT_ONCE=3 if gated else 1,
         num_warps=4,
         **ahead(x.device),
     )

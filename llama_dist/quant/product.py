@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from llama_dist.kernels import linear as plain
 from llama_dist.kernels import quantized, triton_here
@@ -10,6 +11,8 @@ from llama_dist.kernels.tree import roots
 from llama_dist.quant.pack import unpack
 from llama_dist.quant.packed import EXACT, Packed
 from llama_dist.quant.scheme import Scheme
+
+MANY = 64  # rows: of more a GPU's own product makes up for unpacking
 
 
 def panels(dtype: torch.dtype, device: torch.device) -> Scheme | None:
@@ -36,6 +39,18 @@ def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None, reprodu
             return triton_packed.linear(x, w, bias)
         return linear_twin(x, w, bias)
     return quantized.product(x, w, bias, torch.empty(len(x), w.rows, dtype=x.dtype), quantized.WHOLE)
+
+
+def _by_triton(x: torch.Tensor, w: Packed, bias: torch.Tensor | None, reproducible: bool) -> torch.Tensor:
+    from llama_dist.kernels import triton_packed, triton_packed_single, triton_unpack
+
+    if reproducible:
+        return triton_packed.linear(x, w, bias)
+    if len(x) == 1:
+        return triton_packed_single.linear(x, w, bias)
+    if len(x) <= MANY:
+        return triton_packed.linear(x, w, bias, few=len(x) <= triton_packed.FEW)
+    return F.linear(x, triton_unpack.unpack(w, x.dtype), bias)
 
 
 def linear_twin(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
