@@ -40,7 +40,8 @@ def answers(folder: str, device: str, way: str, kind: str, asked: Prompts) -> tu
     def count(record: recordings.Record) -> recordings.Record:
         def counted(step: Step) -> tuple[Callable[[], object], Results]:
             play, results = record(step)
-            return lambda: (played.append(len(results[0])), play()), results
+            first = len(results) == 4  # of a pass in two parts: the stream, and the angles
+            return lambda: (played.append(len(results[0])) if first else None, play()), results
 
         return counted
 
@@ -48,3 +49,12 @@ def answers(folder: str, device: str, way: str, kind: str, asked: Prompts) -> tu
     options: dict[str, Any] = {"reproducible": True, "dtype": "bfloat16", "device": device, "max_seq_len": 96}
     rows = answer_all(engine_for(folder, Run({**options, **WAYS[way].options}, WAYS[way].pages)), asked)
     return rows, played
+
+
+def angles_move(folder: str) -> bool:
+    """Whether the angles' table is elsewhere after the longest sequence than when recordings were made ready."""
+    engine = engine_for(folder, Run({"dtype": "bfloat16", "device": "cpu", "max_seq_len": 3000}, 200))
+    model = engine.model
+    model.record(engine.cache, 3000, again)
+    before = model.rope.known(1)[0].data_ptr()
+    return model.rope.known(3000)[0].data_ptr() != before

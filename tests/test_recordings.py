@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from llama_dist.model.recordings import rows_for
+from llama_dist.model.cache import Span, lay
+from llama_dist.model.recordings import Seats, rows_for, stop_for
 from tests import tiny
 from tests.conftest import Saver
-from tests.recording_jobs import answers
+from tests.recording_jobs import angles_move, answers
 from tests.reproducible_jobs import WAYS, prompts
 from tests.spmd import run_ranks
 from tests.triton_cases import DEVICES
@@ -21,6 +23,26 @@ def test_few_rows_are_copies() -> None:
     for n in range(1, 257):
         assert rows_for(n) == min(rows for rows in made if rows >= n)
         assert 3 * (rows_for(n) - n) <= rows_for(n), n
+
+
+def test_batches_are_laid_out_where_recordings_read_them() -> None:
+    span = Span([3, 5], 17, 1, 4)
+    laid = lay([(span, [9]), (Span([0, 1, 2], 40, 1, 4), [7])], torch.device("cpu"))
+    seats, plain = Seats(3, 512, torch.device("cpu")), laid.batch
+    for _ in range(2):
+        seats.take(laid)
+        for name in ("tokens", "positions", "lengths", "slots", "starts", "counts"):
+            ours, theirs = getattr(seats.batch, name), getattr(plain, name)
+            assert ours.dtype == theirs.dtype and ours.tolist() == [*theirs.tolist(), theirs[-1].item()], name
+        assert torch.equal(seats.batch.tables[:2, :3], plain.tables) and seats.batch.tables.shape == (3, 32)
+    assert [stop_for(n) for n in (1, 512, 513, 2049, 9000)] == [512, 512, 2048, 8192, 32768]
+
+
+@pytest.mark.spmd
+def test_what_recordings_read_stays_where_it_is(checkpoint: Saver) -> None:
+    """The table of angles grows by moving, and a recording would go on reading the old one."""
+    [moved] = run_ranks(1, angles_move, str(checkpoint(CASES[0], "hf")))
+    assert not moved
 
 
 @pytest.mark.spmd

@@ -261,7 +261,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from llama_dist.kernels import (
-    triton_attention, triton_draw, triton_linear, triton_packed, triton_packed_single, triton_rope, triton_rows,
+    triton_attention, triton_draw, triton_likeliest, triton_linear, triton_packed, triton_packed_single, triton_rope, triton_rows,
     triton_single, triton_unpack,
 )
 
@@ -273,7 +273,7 @@ def made(kernel, arch, constants, aligned, n_warps):
     kinds |= {"k": "*bf16", "v": "*bf16", "cos": "*fp32", "sin": "*fp32", "slots": "*i64", "logits": "*bf16"}
     kinds |= dict.fromkeys(("numbers", "found"), "*i64") | {"sums": "*fp32"}
     kinds |= dict.fromkeys(("mass", "before", "after"), "*fp64")
-    kinds |= dict.fromkeys(("state", "next_state"), "*fp64")
+    kinds |= {"greatest": "*fp32", "places": "*i32", "state": "*fp64", "next_state": "*fp64"}
     names = kernel.arg_names
     constants = {**constants, "AHEAD": arch >= 90}
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
@@ -314,6 +314,8 @@ for arch, tensor_core in ((80, "mma.sync.aligned.m16n8k16"), (90, "wgmma.mma_asy
         made(triton_rows._gate, arch, {"BLOCK": 1024}, (), 4),
         *(made(triton_single._row, arch, {**row, "GATED": gated}, ("x", "w", "w_stride"), 4) for gated in (0, 1)),
         made(triton_rope._rotate, arch, {"HALF": 64, "WIDTH": 64, "HEADS": triton_rope.HEADS}, ("cache_stride",), 4),
+        made(triton_likeliest._chunks, arch, {"CHUNK": triton_likeliest.CHUNK}, (), 4),
+        made(triton_likeliest._rows, arch, {"CHUNKS": 64}, (), 1),
         made(triton_draw._masses, arch, {"N_PARAMS": triton_draw.N_PARAMS, "CHUNK": triton_draw.CHUNK}, (), 8),
         *(made(triton_draw._round, arch, {**draw, "KIND": kind}, (), 8) for kind in range(4)),
     ]

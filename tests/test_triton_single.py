@@ -83,6 +83,22 @@ def test_a_slot_outside_the_cache_is_passed_over(device: str) -> None:
     assert not cache.any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_likeliest_of_a_row_is_the_first_of_equals(device: str, dtype: torch.dtype) -> None:
+    from llama_dist.kernels import triton_likeliest
+
+    for vocab in (1, 2047, 2048, 5000):
+        rows = (draws(9, vocab) * 3).to(dtype)
+        rows[1] = 0
+        rows[2, vocab // 2 :] = rows[2].max() + 1
+        for i, bad in enumerate((float("nan"), float("inf"), float("-inf"))):
+            rows[3 + i, vocab // 3] = bad
+        wide = torch.cat([rows, rows.new_full((9, 3), 99.0)], dim=1)[:, :vocab].to(device)
+        right = [-1 if 3 <= i < 6 else int((row == row.max()).nonzero()[0]) for i, row in enumerate(rows)]
+        assert triton_likeliest.likeliest(wide).tolist() == right
+    assert triton_likeliest.likeliest(rows[:0].to(device)).tolist() == []
+
+
 def tokens(wanted: list[Wanted]) -> list[int]:
     return begin(wanted)()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llama_dist.kernels import build
+from llama_dist.kernels import build, triton_here
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -35,4 +35,8 @@ def likeliest_twin(logits: torch.Tensor) -> list[int]:
 
 def found_of(logits: torch.Tensor) -> torch.Tensor:
     """`likeliest` as int64 [m] on the rows' device, which is not waited for."""
+    if triton_here.serves(logits):
+        from llama_dist.kernels import triton_likeliest
+
+        return triton_likeliest.likeliest(logits)
     return torch.where(logits.isfinite().all(1), logits.argmax(1), -1)

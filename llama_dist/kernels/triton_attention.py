@@ -40,7 +40,7 @@ def tile_for(dtype: torch.dtype, head_dim: int) -> Tile:
     """As many rows as registers hold."""
     if dtype == torch.float32:
         return Tile(32, 32, 4 if head_dim <= 64 else 8, 1)
-    return Tile(64, 64 if head_dim <= 128 else 32, 4, 2)
+    return Tile(64, 64 if head_dim <= 128 else 32, 4, 1)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -68,10 +68,13 @@ def _section(
     greatest = tl.full((ROWS,), float("-inf"), tl.float32)
     weight = tl.zeros((ROWS,), tl.float32)
     total = tl.zeros((ROWS, WIDTH), tl.float32)
+    at = begin + tl.arange(0, KEYS)
+    next_page = tl.load(table + at // PAGE, mask=(at < stop) & (at // PAGE < table_width), other=-1)
     for block in range(begin, stop, KEYS):
         at = block + tl.arange(0, KEYS)
         there = at < stop
-        page = tl.load(table + at // PAGE, mask=there & (at // PAGE < table_width), other=-1)
+        page, after = next_page, at + KEYS  # known before the keys behind it are wanted
+        next_page = tl.load(table + after // PAGE, mask=(after < stop) & (after // PAGE < table_width), other=-1)
         held = (page >= 0) & (page < pages)
         slot = (page.to(tl.int64) * PAGE + at % PAGE) * SIZE
         whole = (there & held)[:, None] & inside[None, :]
@@ -140,9 +143,9 @@ def _spans(
 
     Then into sums [sections, tokens, heads, WIDTH + 2], else into out.
     """
-    follow(AHEAD)
     head = tl.load(readers + 2 * tl.program_id(1))  # the first that reads this KV head
     n_heads = tl.load(readers + 2 * tl.program_id(1) + 1)
+    follow(AHEAD)
     if n_heads == 0:
         return
     # Which span this tile is of, its first row of q and its first tile: each has as many as its pairs fill.

@@ -193,7 +193,9 @@ def begin(wanted: Sequence[Draw]) -> torch.Tensor:
     params = torch.frombuffer(numbers, dtype=torch.int64).view(n, N_PARAMS)
     params[:, 0] = torch.tensor(begins)
     params[:, 1] = torch.tensor([w.key - 2**64 if w.key >= 2**63 else w.key for w in wanted])
-    params = params.to(device)
+    if device.type == "cuda":
+        params = params.pin_memory()  # else the copy waits for the device
+    params = params.to(device, non_blocking=True)
     chunks = triton.cdiv(vocab, CHUNK)
     mass = torch.empty(n, chunks, 2, dtype=torch.float64, device=device)
     parts = torch.empty(ROUNDS + 1, n, chunks, N_PARTS, dtype=torch.float64, device=device)

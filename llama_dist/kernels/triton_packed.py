@@ -15,7 +15,7 @@ import triton.language as tl
 from llama_dist.kernels.triton_ahead import ahead, follow
 from llama_dist.kernels.triton_linear import FUSED, TILE, in_steps
 from llama_dist.quant.packed import Packed
-from llama_dist.quant.scheme import BLOCK, GROUP, groups_of
+from llama_dist.quant.scheme import BLOCK, GROUP, INT8, groups_of
 
 FEW = 16  # rows, of which a matrix unit takes a tile with less beside it
 WORDS = {8: 64, 6: 32, 4: 32}  # by the bits of a code: words of a row multiplied at a time, of 256 numbers
@@ -108,7 +108,9 @@ def _blocks(
 def _parts(x: torch.Tensor, w: Packed) -> torch.Tensor:
     """x [M, K] by the place of a number's code in its word: [M, parts, words of all units], zeros where a unit ends."""
     groups = groups_of(w.unit)
-    padded = F.pad(x.reshape(len(x), w.n_units, w.unit), (0, groups * GROUP - w.unit))
+    padded = x.reshape(len(x), w.n_units, w.unit)
+    if short := groups * GROUP - w.unit:
+        padded = F.pad(padded, (0, short))
     halves = 1 if w.scheme.bits == 8 else 2  # four and six bits: step s, 0 to 3, shares words with step s + 4
     laid = padded.view(len(x), w.n_units * groups, halves, -1, 4).permute(0, 2, 4, 1, 3)
     return laid.reshape(len(x), halves * 4, -1).contiguous()
@@ -125,7 +127,7 @@ def _run(
     planes, rows, columns = y.shape
     if y.numel():
         parts, codes = _parts(x, w), w.codes.view(torch.int32)
-        tile, warps, stages = (FEW, 2, 2) if few else (TILE, 4, 3)
+        tile, warps, stages = (FEW, 1, 2) if few else (TILE, 4, 3) if w.scheme == INT8 else (TILE, 2, 2)
         if x.dtype == torch.float32:
             stages = 1  # three take more than some devices share
         _blocks[(triton.cdiv(rows, tile), triton.cdiv(columns, BLOCK), planes)](

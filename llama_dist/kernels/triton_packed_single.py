@@ -14,8 +14,8 @@ from llama_dist.kernels.triton_ahead import ahead
 from llama_dist.quant.packed import Packed
 from llama_dist.quant.scheme import BLOCK, groups_of
 
-WORDS = 256  # of a row, loaded at a time: of four bytes
-WARPS = 16
+WORDS = 256  # of a row, loaded at a time: of four bytes; half as many where there are
+MANY = 1024  # blocks of rows
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -119,6 +119,7 @@ def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torc
     assert x.shape == (1, w.shape[1]) and x.stride(1) == 1 and not w.scheme.exact, (x.shape, w.shape, w.scheme)
     y = torch.empty(1, w.rows, dtype=x.dtype, device=x.device)
     codes = w.codes.view(torch.int32)
+    share = 1 if len(codes) < MANY else 2
     _row[(len(codes),)](
         x,
         codes,
@@ -137,9 +138,9 @@ def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torc
         HAS_BIAS=bias is not None,
         BITS=w.scheme.bits,
         FLOATS=w.scheme.floats,
-        WORDS=WORDS,
+        WORDS=WORDS // share,
         BLOCK=BLOCK,
-        num_warps=WARPS,
+        num_warps=16 // share,
         **ahead(x.device),
     )
     return y

@@ -32,10 +32,11 @@ def _norm(
     WIDTH: tl.constexpr,
     AHEAD: tl.constexpr,
 ) -> None:
-    follow(AHEAD)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, WIDTH)
     inside = at < dim
+    by = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)  # which no kernel writes
+    follow(AHEAD)
     kind = out.dtype.element_ty
     wide = tl.load(x + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
@@ -44,7 +45,6 @@ def _norm(
         wide = both.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / dim + eps)
     scaled = (wide * scale).to(kind).to(tl.float32)
-    by = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * dim + at, (scaled * by).to(kind), mask=inside)
 
 

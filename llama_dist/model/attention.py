@@ -5,6 +5,7 @@ These are taken over the pages in C++ or Triton where one serves, else a sequenc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
@@ -90,14 +91,13 @@ class Attention(nn.Module):
         out = attend(q.transpose(0, 1), k, v, batch.spans[i].start, self.window, self.of_query)
         return out.transpose(0, 1).flatten(1)  # [length, heads * head_dim]
 
-    def forward(
-        self, x: torch.Tensor, batch: Batch, angles: tuple[torch.Tensor, torch.Tensor], cache: KVCache
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, batch: Batch, angles: Sequence[torch.Tensor], cache: KVCache) -> torch.Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.wqkv(x))  # [n, heads, head_dim]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         keys, values = cache.layers[self.layer]
-        rope_write(q, k, v, *angles, keys, values, batch.slots)
+        cos, sin = angles
+        rope_write(q, k, v, cos, sin, keys, values, batch.slots)
         if paged(q):
             out = pages.attend(q, keys, values, batch.tables, batch.starts, batch.counts, self.reads, self.window or 0)
             return self.wo(out)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Passes of one token a sequence, recorded once on a GPU and played again: a launch for a step instead of one a kernel.
+"""Passes of one token a sequence, recorded once on a GPU and played again: two launches for a step, not one a kernel.
 
 A recording has its own number of rows, and of keys that they may have. A batch is filled up with copies of its last
 row, which compute and write what that row does; recordings are made for numbers that leave at most a third of the rows
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -99,28 +100,30 @@ class Seats:
 
 @dataclass(frozen=True)
 class Recording:
-    """`play` runs the pass over the batch in `seats`, and leaves `results`, a row of each for a row of the batch."""
+    """`plays`, in turn, run the pass over the batch in `seats`, and leave `results`, a row for each of its rows."""
 
     seats: Seats
-    play: Callable[[], object]
+    plays: tuple[Callable[[], object], ...]
     results: Results
 
 
 class Recordings:
-    """Recorded passes of `forward`, for batches of up to `most` sequences of up to `max_seq_len` tokens.
+    """Recorded passes, for batches of up to `most` sequences of up to `max_seq_len` tokens.
 
-    `forward` may not wait for the device, nor look at `Batch.spans`.
+    A pass is `begin` of a batch, and `end` of the batch and what that left: two recordings, since a GPU begins with one
+    only when all of it has been handed over. They may not wait for the device, nor look at `Batch.spans`.
     """
 
     def __init__(
         self,
-        forward: Callable[[Batch], Results],
+        begin: Callable[[Batch], Results],
+        end: Callable[[Batch, Any], Results],
         record: Record,
         max_seq_len: int,
         device: torch.device,
         most: int = MOST,
     ) -> None:
-        self._forward, self._record, self._most = forward, record, most
+        self._begin, self._end, self._record, self._most = begin, end, record, most
         self._stop, self._device = max_seq_len, device
         self._made: dict[tuple[int, int], Recording] = {}  # by rows, and what all positions are below
         self._works = True
@@ -131,20 +134,23 @@ class Recordings:
         return self._works and n == len(laid.spans) and rows_for(n) <= self._most and laid.stop <= self._stop
 
     def run(self, laid: Laid) -> Results:
-        """`forward` of a batch that is served: [n, ...] each, which the next call may overwrite."""
+        """The pass over a batch that is served: [n, ...] each, which the next call may overwrite."""
         n = laid.n
         rows, stop = rows_for(n), min(stop_for(laid.stop), self._stop)
         found = self._made.get((rows, stop))
         if found is not None:
             found.seats.take(laid)
-            found.play()
+            for play in found.plays:
+                play()
             return tuple(result[:n] for result in found.results)
         seats = Seats(rows, stop, self._device)
         seats.take(laid)
         # First as it is: kernels are compiled, and memory is found, before it is recorded.
-        results = self._forward(seats.batch)
+        results = self._end(seats.batch, self._begin(seats.batch))
         try:
-            self._made[rows, stop] = Recording(seats, *self._record(lambda: self._forward(seats.batch)))
+            play, between = self._record(lambda: self._begin(seats.batch))
+            then, left = self._record(lambda: self._end(seats.batch, between))
+            self._made[rows, stop] = Recording(seats, (play, then), left)
         except RuntimeError as err:
             self._works = False
             log.info("steps are launched kernel by kernel: recording one failed: %s", str(err).splitlines()[0][:300])

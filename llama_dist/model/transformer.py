@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -32,6 +33,10 @@ from llama_dist.parallel.units import Units
 from llama_dist.quant.packed import Packed
 
 INT32, INT64 = 4, 8  # bytes
+
+FIRST = 4  # layers that are recorded by themselves: they run while the launch of the others is made
+Stream = tuple[torch.Tensor, ...]
+"""The residual stream [n, dim], that normed for the layer that is next, and the angles' cosines and sines."""
 
 MOST = 64  # rows of a program, where any number could be: beyond, a call an operation costs next to nothing
 
@@ -74,7 +79,7 @@ class Block(nn.Module):
         normed: torch.Tensor,
         after: RMSNorm,
         batch: Batch,
-        angles: tuple[torch.Tensor, torch.Tensor],
+        angles: Sequence[torch.Tensor],
         cache: KVCache,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The stream x [n, dim], normed for this layer, past it; and that normed by `after`, the next one's norm."""
@@ -177,13 +182,17 @@ class Transformer(nn.Module):
 
     def record(self, cache: KVCache, max_seq_len: int, record: Record) -> None:
         """Have passes of one token a sequence over this cache recorded with `record`, and played, from now on."""
+        self.rope.known(max_seq_len)  # recordings read it where it is, and it moves when it grows
 
-        def step(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            hidden = self._layers(batch, cache)
+        def begin(batch: Batch) -> Stream:
+            return self._some_layers(self._begin(batch), slice(FIRST), batch, cache)
+
+        def end(batch: Batch, stream: Stream) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            hidden = self._some_layers(stream, slice(FIRST, None), batch, cache)[1]
             logits = self.logits(hidden)
             return hidden, logits, found_of(logits)
 
-        self.recordings = cache, Recordings(step, record, max_seq_len, self.norm.weight.device)
+        self.recordings = cache, Recordings(begin, end, record, max_seq_len, self.norm.weight.device)
 
     def take_sums(self, reproducible: bool) -> None:
         """From now on take sums by unit, or as is the fastest. Every rank of the group calls it alike."""
@@ -210,13 +219,17 @@ class Transformer(nn.Module):
         return self._layers(laid.batch, cache)
 
     def _layers(self, batch: Batch, cache: KVCache) -> torch.Tensor:
-        angles = self.rope.angles(batch.positions, batch.lengths, batch.stop)
+        return self._some_layers(self._begin(batch), slice(None), batch, cache)[1]
+
+    def _begin(self, batch: Batch) -> Stream:
         x = self.tok_embeddings(batch.tokens)
-        norms = self._norms()
-        normed = norms[0](x)
-        for layer, after in zip(self.layers, norms[1:], strict=True):
+        return x, self._norms()[0](x), *self.rope.angles(batch.positions, batch.lengths, batch.stop)
+
+    def _some_layers(self, stream: Stream, which: slice, batch: Batch, cache: KVCache) -> Stream:
+        x, normed, *angles = stream
+        for layer, after in zip(self.layers[which], self._norms()[1:][which], strict=True):
             x, normed = layer(x, normed, after, batch, angles, cache)
-        return normed  # type: ignore[no-any-return]
+        return x, normed, *angles
 
     def _norms(self) -> list[RMSNorm]:
         """Each layer's first, and the last one."""
