@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 
@@ -188,20 +189,29 @@ def test_every_function_that_is_timed_exists_and_every_operation_has_a_label() -
 
 
 def test_kernels_of_a_device_are_known_by_their_names() -> None:
-    kernels = [
-        ("nvjet_tst_128x64", 0.3),
-        ("void cutlass::Kernel2<cutlass_80_wmma>", 0.1),
-        ("flash_fwd_splitkv_kernel", 0.2),
-        ("ncclDevKernel_AllReduce_Sum_bf16", 0.1),
-        ("void at::native::reduce_kernel", 0.05),
-        ("Memcpy HtoD (Pinned -> Device)", 0.05),
-    ]
+    names = {
+        "nvjet_tst_128x64": 0.2,
+        "_row": 0.1,
+        "void cutlass::Kernel2<cutlass_80_wmma>": 0.1,
+        "flash_fwd_splitkv_kernel": 0.1,
+        "_spans": 0.1,
+        "ncclDevKernel_AllReduce_Sum_bf16": 0.1,
+        "void at::native::reduce_kernel": 0.05,
+        "_round": 0.02,
+        "Memcpy HtoD (Pinned -> Device)": 0.03,
+    }
+    ends = [*itertools.accumulate(names.values())]
+    kernels = [(name, end - took, end) for end, (name, took) in zip(ends, names.items(), strict=True)]
+    # One that is started early and waits for the one in front of it; one within another.
+    kernels[4] = ("_spans", 0.2, kernels[4][2])
+    kernels.append(("_norm", 0.01, 0.19))
     shares = device_profile.shares_of(kernels, 1.0)
     assert shares == {
         "products": pytest.approx(0.4),
-        "attention": 0.2,
-        "reductions": 0.1,
-        "norms, rotation, gate": 0.05,
-        "copies": 0.05,
+        "attention": pytest.approx(0.2),
+        "reductions": pytest.approx(0.1),
+        "norms, rotation, gate": pytest.approx(0.05),
+        "sampling": pytest.approx(0.02),
+        "copies": pytest.approx(0.03),
         "waiting for the host": pytest.approx(0.2),
     }

@@ -261,8 +261,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from llama_dist.kernels import (
-    triton_attention, triton_draw, triton_likeliest, triton_linear, triton_packed, triton_packed_single, triton_rope, triton_rows,
-    triton_single, triton_unpack,
+    triton_attention, triton_draw, triton_likeliest, triton_linear, triton_packed, triton_packed_single, triton_rope,
+    triton_rows, triton_single, triton_unpack,
 )
 
 def made(kernel, arch, constants, aligned, n_warps):
