@@ -203,7 +203,7 @@ def test_kernels_of_a_device_are_known_by_their_names() -> None:
     ends = [*itertools.accumulate(names.values())]
     kernels = [(name, end - took, end) for end, (name, took) in zip(ends, names.items(), strict=True)]
     # One that is started early and waits for the one in front of it; one within another.
-    kernels[4] = ("_spans", 0.2, kernels[4][2])
+    kernels[4] = ("_spans", 0.45, kernels[4][2])
     kernels.append(("_norm", 0.01, 0.19))
     shares = device_profile.shares_of(kernels, 1.0)
     assert shares == {
