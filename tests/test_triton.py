@@ -84,12 +84,23 @@ def test_tiles_of_all_sizes_give_the_same_bits(
     device: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     x, w = draws(150, 200, dtype=dtype, device=device), draws(140, 200, dtype=dtype, device=device, seed=1)
-    found = []
-    sizes = (products().SQUARE, products().NARROW, products().LARGE)
-    for tile in sizes if dtype != torch.float32 else (products().OF_FLOAT32,) * 2:
-        monkeypatch.setattr(products(), "tile_for", lambda *shape, tile=tile: tile)
-        found.append(products().linear(x, w))
-    assert all(same_bits(other, found[0]) for other in found[1:])
+    assert products().tiles_agree(x, w)
+    real = products()._run
+
+    def turned(x: torch.Tensor, w: torch.Tensor, bias: Any, y: torch.Tensor, unit: int, tile: Any) -> torch.Tensor:
+        large = tile == products().LARGE
+        return real(x.flip(1), w.flip(1), bias, y, unit, tile) if large else real(x, w, bias, y, unit, tile)
+
+    monkeypatch.setattr(products(), "_run", turned)
+    assert products().tiles_agree(x, w) == (dtype == torch.float32)
+
+
+def test_tiles_go_by_shape() -> None:
+    need_triton("cpu" if not torch.cuda.is_available() else "cuda")
+    one, bf16 = products(), torch.bfloat16
+    found = [one.tile_for(bf16, *shape) for shape in ((1, 4096, 1), (64, 28672, 1), (65, 4096, 1), (512, 4096, 1))]
+    assert found == [one.NARROW, one.SQUARE, one.NARROW, one.LARGE]
+    assert one.tile_for(torch.float32, 512, 4096, 1) == one.OF_FLOAT32
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES[2:])

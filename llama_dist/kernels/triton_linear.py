@@ -87,13 +87,20 @@ def _tiles(
     tl.store(y + place, total.to(y.dtype.element_ty), mask=is_row & (column < columns)[None, :])
 
 
-def _run(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, unit: int) -> torch.Tensor:
+def _run(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    unit: int,
+    tile: Tile | None = None,
+) -> torch.Tensor:
     """y [units, M, N], packed, of x [M, K] and w [N, K], K being so many whole units."""
     assert x.dtype == w.dtype and x.stride(-1) == w.stride(-1) == 1, (x.stride(), w.stride())
     assert bias is None or bias.is_contiguous()
     planes, rows, columns = y.shape
     if y.numel():
-        tile = tile_for(x.dtype, rows, columns, planes)
+        tile = tile or tile_for(x.dtype, rows, columns, planes)
         grid = (triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns), planes)
         _tiles[grid](
             x,
@@ -123,6 +130,15 @@ def linear(
     """As `kernels.linear.linear`: x [M, K] times w [N, K] transposed, plus bias [N] -> [M, N]."""
     y = torch.empty(1, x.shape[0], w.shape[0], dtype=dtype or x.dtype, device=x.device)
     return _run(x, w, bias, y, x.shape[1])[0]
+
+
+def tiles_agree(x: torch.Tensor, w: torch.Tensor) -> bool:
+    """Whether tiles of all sizes give x [M, K] times w [N, K] the same bits on this device."""
+    if x.dtype == torch.float32:
+        return True
+    y = torch.empty(3, 1, x.shape[0], w.shape[0], dtype=torch.float32, device=x.device)
+    found = [_run(x, w, None, of, x.shape[1], tile) for of, tile in zip(y, (SQUARE, NARROW, LARGE), strict=True)]
+    return all(torch.equal(other, found[0]) for other in found[1:])
 
 
 def unit_sums(x: torch.Tensor, w: torch.Tensor, unit: int, first: int) -> torch.Tensor:
