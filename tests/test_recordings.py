@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from llama_dist.model.cache import Span, lay
-from llama_dist.model.recordings import Seats, rows_for, stop_for
+from llama_dist.model.recordings import Recordings, Results, Seats, Step, rows_for, stop_for
 from tests import tiny
 from tests.conftest import Saver
 from tests.recording_jobs import angles_move, answers
@@ -36,6 +38,26 @@ def test_batches_are_laid_out_where_recordings_read_them() -> None:
             assert ours.dtype == theirs.dtype and ours.tolist() == [*theirs.tolist(), theirs[-1].item()], name
         assert torch.equal(seats.batch.tables[:2, :3], plain.tables) and seats.batch.tables.shape == (3, 32)
     assert [stop_for(n) for n in (1, 512, 513, 2049, 9000)] == [512, 512, 2048, 8192, 32768]
+
+
+def test_all_recordings_leave_their_results_in_one_place() -> None:
+    device = torch.device("cpu")
+    made: list[tuple[torch.Tensor, ...]] = []
+
+    def record(step: Step) -> tuple[Callable[[], object], Results]:
+        made.append(step())
+        return (lambda: step()), made[-1]
+
+    recordings = Recordings(lambda b: (b.tokens * 2,), lambda b, x: (x[0] + 1, b.positions), record, 64, device)
+    for n in (2, 4, 1, 3, 2):
+        laid = lay([(Span([i], i, 1, 1), [10 + i]) for i in range(n)], device)
+        assert recordings.serves(laid)
+        for _ in range(2):
+            doubled, positions = recordings.run(laid)
+            assert doubled.tolist() == [21 + 2 * i for i in range(n)] and positions.tolist() == [*range(n)]
+    ends = [results for results in made if len(results) == 2]
+    assert [len(first) for first, _ in ends] == [2, 4, 1, 3]
+    assert len({first.untyped_storage().data_ptr() for first, _ in ends}) == 2  # of two rows, and then of four
 
 
 @pytest.mark.spmd

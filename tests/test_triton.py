@@ -95,12 +95,18 @@ def test_tiles_of_all_sizes_give_the_same_bits(
     assert products().tiles_agree(x, w) == (dtype == torch.float32)
 
 
-def test_tiles_go_by_shape() -> None:
+def test_tiles_go_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     need_triton("cpu" if not torch.cuda.is_available() else "cuda")
-    one, bf16 = products(), torch.bfloat16
+    one, bf16 = products(), torch.empty(0, dtype=torch.bfloat16)
     found = [one.tile_for(bf16, *shape) for shape in ((1, 4096, 1), (64, 28672, 1), (65, 4096, 1), (512, 4096, 1))]
     assert found == [one.NARROW, one.SQUARE, one.NARROW, one.LARGE]
-    assert one.tile_for(torch.float32, 512, 4096, 1) == one.OF_FLOAT32
+    assert one.tile_for(torch.empty(0), 512, 4096, 1) == one.OF_FLOAT32
+    monkeypatch.setattr(one, "_agree", lambda *how: False)
+    like = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda", 0))
+    assert [one.tile_for(like, *shape) for shape in ((1, 4096, 1), (512, 4096, 1))] == [one.SQUARE] * 2
+    monkeypatch.undo()
+    monkeypatch.setattr(one, "tiles_agree", None)
+    assert not one._agree.__wrapped__(torch.device("cpu"), torch.bfloat16)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES[2:])

@@ -114,6 +114,24 @@ def test_bits_do_not_depend_on_who_has_a_section(
             assert same_bits(rows, whole[place : place + 1]), place
 
 
+def test_whether_sections_agree_is_seen(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llama_dist.kernels import triton_attention
+
+    monkeypatch.setattr(triton_attention, "SECTION", 64)
+    monkeypatch.setattr(triton_attention, "FEW", 5)
+    like, reads = torch.empty(3, 1, 20, dtype=torch.bfloat16, device=device), torch.tensor(MAPS[2], dtype=torch.int32)
+    assert triton_attention.sections_agree(like, 6, reads, PAGE_SIZE)
+    real = triton_attention.attend
+
+    def shifted(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(triton_attention, "SECTION", 64 if len(q) == 5 else 128)
+            return real(q, *rest)
+
+    monkeypatch.setattr(triton_attention, "attend", shifted)
+    assert not triton_attention.sections_agree(like, 6, reads, PAGE_SIZE)
+
+
 @pytest.mark.parametrize("what", ["keys from the chunk's first on", "larger blocks for single tokens"])
 def test_what_is_broken_is_found(device: str, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     from llama_dist.kernels import triton_attention

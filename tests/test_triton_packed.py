@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -70,10 +70,21 @@ def test_one_row_few_rows_and_many_without_a_promise(
     device: str, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, n: int, unit: int, n_units: int
 ) -> None:
     """Three kernels beside that of the promise: for one row, in tiles of few, and cuBLAS's after unpacking."""
-    from llama_dist.kernels import triton_unpack
+    from llama_dist.kernels import triton_packed_single, triton_unpack
 
     monkeypatch.setattr(triton_here, "serves", lambda x: True)
     monkeypatch.setattr(product.quantized, "compiled", lambda x: False)
+    taken: list[str] = []
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, few=None: (
+            taken.append(f"{name} {few}"),
+            function(*args) if few is None else function(*args, few=few),
+        )[1]
+
+    for module, function in ((triton(), "linear"), (triton_packed_single, "linear"), (triton_unpack, "unpack")):
+        name_of = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, function, watched(name_of, getattr(module, function)))
     w = packed(SCHEMES[name], n, unit, n_units, device)
     assert torch.equal(triton_unpack.unpack(w, dtype), unpack(w).to(dtype))
     x, bias = draws(70, unit * n_units).to(device, dtype), draws(n, seed=2).to(device, dtype)
@@ -84,6 +95,8 @@ def test_one_row_few_rows_and_many_without_a_promise(
         found = product.linear(x[:m], w, bias, reproducible=False)
         assert found.shape == (m, n) and found.dtype == dtype
         assert float(((found.double() - true[:m]).abs() / size[:m]).max()) < 4e-6 + 2 * torch.finfo(dtype).eps, m
+    ways = ["triton_packed_single None", "triton_packed True", "triton_packed False", "triton_unpack None"]
+    assert taken[1:] == ways
 
 
 @pytest.mark.parametrize("name", SCHEMES)

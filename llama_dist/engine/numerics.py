@@ -83,11 +83,6 @@ def _column_fault(module: Any, like: torch.Tensor) -> bool:
     def whole(rows: torch.Tensor) -> torch.Tensor:
         return layers.product(rows, weight, None, reproducible=True)
 
-    if like.device.type == "cuda" and isinstance(weight, torch.Tensor):
-        from llama_dist.kernels import triton_linear  # which serves: else nothing is promised
-
-        if not triton_linear.tiles_agree(x, weight):
-            return True
     rest = layers.product(x, layers.rows_of(weight, part, COLUMNS), None, reproducible=True)
     return not (torch.equal(whole(x)[:, part:], rest) and _alike(whole, x))
 
@@ -122,6 +117,11 @@ def _attention_fault(model: Transformer) -> bool:
         first, count = (torch.tensor([n], dtype=torch.int32, device=q.device) for n in (start, stop - start))
         return pages.attend(q[start:stop], keys, keys, tables, first, count, layer.reads)
 
+    if q.device.type == "cuda":
+        from llama_dist.kernels import triton_attention  # which serves: else nothing is promised
+
+        if not triton_attention.sections_agree(keys[:, :1], heads, layer.reads, page):
+            return True
     return any(not torch.equal(rows(start, stop), rows(0, ROWS)[start:stop]) for start, stop in CUTS)
 
 

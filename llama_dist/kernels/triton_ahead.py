@@ -27,6 +27,6 @@ def follow(AHEAD: tl.constexpr) -> None:
 @functools.cache
 def ahead(device: torch.device) -> dict[str, bool]:
     """What a kernel is started with beside its own arguments, where it has `follow`."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= HOPPER:
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= HOPPER:
         return {"AHEAD": True, "launch_pdl": True}
     return {"AHEAD": False}

@@ -22,6 +22,7 @@ from llama_dist.kernels.triton_ahead import ahead, follow
 
 SECTION = 512  # keys, whole blocks of them
 FEW = 128  # single tokens times KV heads, whose sections are computed side by side
+KEPT = 40  # keys beyond a section, where it is looked whether bits are kept
 LISTED = 128  # spans looked through at a time
 ALIGNED = 16  # bytes
 FAR = 2**30  # tokens: the window where there is none
@@ -258,6 +259,32 @@ def _readers(of_query: tuple[int, ...], kv_heads: int, device: torch.device) -> 
     firsts = [sum(counts[:i]) for i in range(kv_heads)]
     pairs = torch.tensor(list(zip(firsts, counts, strict=True)), dtype=torch.int32)
     return pairs.to(device), max(counts)
+
+
+def sections_agree(like: torch.Tensor, heads: int, of_query: torch.Tensor, page_size: int) -> bool:
+    """Whether a token over more than one section of keys gets the same bits in a prompt, alone, and among many.
+
+    like [kv_heads, ...]: of the cache's type and head_dim, on its device.
+    """
+    kv_heads, size, rows = like.shape[0], like.shape[-1], 5
+    stop = SECTION + KEPT
+    n_pages = -(-stop // page_size)
+    generator = torch.Generator().manual_seed(7)
+    keys, q = (
+        torch.randn(*shape, generator=generator).to(like.dtype).to(like.device)
+        for shape in ((kv_heads, n_pages * page_size, size), (rows, heads, size))
+    )
+    table = torch.arange(n_pages, dtype=torch.int32, device=like.device)[None]
+
+    def tokens(some: torch.Tensor, n: int, start: int, count: int) -> torch.Tensor:
+        starts, counts = (torch.full((n,), x, dtype=torch.int32, device=like.device) for x in (start, count))
+        tables = table.expand(n, -1).contiguous()
+        return attend(some, keys, keys, tables, starts, counts, of_query, 0, page_size)
+
+    whole = tokens(q, 1, stop - rows, rows)[-1]
+    last, many = q[-1:], FEW // kv_heads + 1
+    alone, among = tokens(last, 1, stop - 1, 1), tokens(last.expand(many, -1, -1).contiguous(), many, stop - 1, 1)
+    return torch.equal(alone[0], whole) and torch.equal(among[0], whole)
 
 
 def attend(

@@ -40,7 +40,7 @@ def _noise(key: tl.tensor, at: tl.tensor) -> tl.tensor:
     return -tl.log(-tl.log((x.to(tl.int64).to(tl.float64) + 0.5) * 1.1102230246251565e-16))
 
 
-@triton.jit(do_not_specialize=("vocab", "chunks"))  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=("logits", "vocab", "chunks"))  # type: ignore[untyped-decorator]
 def _masses(
     logits: tl.tensor,
     numbers: tl.tensor,
@@ -63,7 +63,7 @@ def _masses(
     tl.store(place + 1, tl.sum(weights, 0))
 
 
-@triton.jit(do_not_specialize=("vocab", "chunks"))  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=("logits", "vocab", "chunks"))  # type: ignore[untyped-decorator]
 def _round(
     logits: tl.tensor,
     numbers: tl.tensor,

@@ -11,7 +11,7 @@ from llama_dist.kernels.triton_ahead import ahead, follow
 CHUNK = 2048
 
 
-@triton.jit(do_not_specialize=("vocab", "stride", "chunks"))  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=("logits", "vocab", "stride", "chunks"))  # type: ignore[untyped-decorator]
 def _chunks(
     logits: tl.tensor,
     greatest: tl.tensor,

@@ -2,13 +2,15 @@
 
 A program sums over K from its beginning to its end: cuBLAS, which picks its kernel by shape, may split K for few rows.
 Rows and columns past the last are zeros. The tile's size goes by the shape, but a tensor core adds up an entry in the
-same order in tiles of all these sizes (seen on an H200; a run that promises bits looks whether it is so where it runs).
+same order in tiles of all these sizes (seen on an H200); where a device does not, all are of one size.
 So an entry of y has the same bits whatever is computed beside it. Number of rows and columns are kept from the
 compiler, which might take another way for special ones.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +20,8 @@ import triton.language as tl
 
 from llama_dist.kernels.tree import roots
 from llama_dist.kernels.triton_ahead import ahead, follow
+
+log = logging.getLogger("llama_dist")
 
 TILE = 64  # rows
 FUSED = True  # multiply and add in one rounding, whatever Triton's default is
@@ -39,10 +43,24 @@ SQUARE, NARROW, LARGE = Tile(64, 64, 64, 4, 3), Tile(64, 32, 128, 4, 4), Tile(12
 FILLED = 256  # programs that keep a GPU's memory busy; large tiles are worth it from a quarter of that on
 
 
-def tile_for(dtype: torch.dtype, rows: int, columns: int, planes: int) -> Tile:
+@functools.cache
+def _agree(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tiles of all sizes give the same bits on a device; asked for before anything is recorded there."""
+    generator = torch.Generator().manual_seed(7)
+    x, w = (torch.randn(n, 512, generator=generator).to(device, dtype) for n in (150, 140))
+    try:
+        return tiles_agree(x, w)
+    except Exception as err:  # one that does not fit: of Triton's own types
+        log.info("products in tiles of one size: %s", " ".join(str(err).split())[:300])
+        return False
+
+
+def tile_for(like: torch.Tensor, rows: int, columns: int, planes: int) -> Tile:
     """The fastest one: large where there is work for it, narrow where square ones would be few."""
-    if dtype == torch.float32:
+    if like.dtype == torch.float32:
         return OF_FLOAT32
+    if like.device.type == "cuda" and not _agree(like.device, like.dtype):
+        return SQUARE
     if rows > TILE and triton.cdiv(rows, 128) * triton.cdiv(columns, 128) * planes >= FILLED // 4:
         return LARGE
     few = triton.cdiv(rows, TILE) * triton.cdiv(columns, TILE) * planes < FILLED
@@ -100,7 +118,7 @@ def _run(
     assert bias is None or bias.is_contiguous()
     planes, rows, columns = y.shape
     if y.numel():
-        tile = tile or tile_for(x.dtype, rows, columns, planes)
+        tile = tile or tile_for(x, rows, columns, planes)
         grid = (triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns), planes)
         _tiles[grid](
             x,

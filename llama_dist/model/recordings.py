@@ -126,6 +126,7 @@ class Recordings:
         self._begin, self._end, self._record, self._most = begin, end, record, most
         self._stop, self._device = max_seq_len, device
         self._made: dict[tuple[int, int], Recording] = {}  # by rows, and what all positions are below
+        self._left: Results = ()  # by the recording with most rows
         self._works = True
 
     def serves(self, laid: Laid) -> bool:
@@ -149,9 +150,23 @@ class Recordings:
         results = self._end(seats.batch, self._begin(seats.batch))
         try:
             play, between = self._record(lambda: self._begin(seats.batch))
-            then, left = self._record(lambda: self._end(seats.batch, between))
+            kept = self._room(results)
+            then, left = self._record(lambda: _keep(self._end(seats.batch, between), kept))
             self._made[rows, stop] = Recording(seats, (play, then), left)
         except RuntimeError as err:
             self._works = False
             log.info("steps are launched kernel by kernel: recording one failed: %s", str(err).splitlines()[0][:300])
         return tuple(result[:n] for result in results)
+
+    def _room(self, results: Results) -> Results:
+        """Where results like these are left: logits are large, and all recordings have one place for them."""
+        rows = len(results[0])
+        if not self._left or len(self._left[0]) < rows:
+            self._left = tuple(map(torch.empty_like, results))
+        return tuple(left[:rows] for left in self._left)
+
+
+def _keep(results: Results, kept: Results) -> Results:
+    for ours, theirs in zip(kept, results, strict=True):
+        ours.copy_(theirs)
+    return kept

@@ -31,12 +31,7 @@ def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None, reprodu
     """
     if not quantized.compiled(x):
         if triton_here.serves(x) and not w.scheme.exact:
-            from llama_dist.kernels import triton_packed, triton_packed_single
-
-            if not reproducible and plain.single(x):
-                return triton_packed_single.linear(x, w, bias)
-
-            return triton_packed.linear(x, w, bias)
+            return _by_triton(x, w, bias, reproducible)
         return linear_twin(x, w, bias)
     return quantized.product(x, w, bias, torch.empty(len(x), w.rows, dtype=x.dtype), quantized.WHOLE)
 
