@@ -1,5 +1,7 @@
 """Tokens of many rows on a GPU, in torch's operations: those that `sampler.sample` gives, waiting for the device once.
 
+For rows with top_k, and where Triton does not serve: else kernels/triton_draw.py draws, in the same way.
+
 Of a row the greatest with noise is found first. Filters keep the likeliest tokens up to some place: if it is kept it is
 drawn, else only tokens likelier than it are in question. Sums are taken in another order than the sampler's, which may
 change from call to call: where one is too close to tell the row is left to the sampler.

@@ -117,8 +117,8 @@ def _attention_fault(model: Transformer) -> bool:
         first, count = (torch.tensor([n], dtype=torch.int32, device=q.device) for n in (start, stop - start))
         return pages.attend(q[start:stop], keys, keys, tables, first, count, layer.reads)
 
-    if q.device.type == "cuda":
-        from llama_dist.kernels import triton_attention  # which serves: else nothing is promised
+    if q.device.type == "cuda" and pages.paged(q):
+        from llama_dist.kernels import triton_attention
 
         if not triton_attention.sections_agree(keys[:, :1], heads, layer.reads, page):
             return True

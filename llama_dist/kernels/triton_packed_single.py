@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llama_dist.kernels.triton_ahead import ahead
+from llama_dist.kernels.triton_ahead import ahead, follow
 from llama_dist.quant.packed import Packed
 from llama_dist.quant.scheme import BLOCK, groups_of
 
@@ -97,9 +97,7 @@ def _row(
     AHEAD: tl.constexpr,
 ) -> None:
     """Sixteen entries of y [columns]."""
-    if AHEAD:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    follow(AHEAD)
     block = tl.program_id(0).to(tl.int64)
     column = block * BLOCK + tl.arange(0, BLOCK)
     of_codes, of_scales = codes + block * codes_stride, scales + block * scales_stride
@@ -133,8 +131,7 @@ def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torc
         w.factors.stride(0),
         N_UNITS=w.n_units,
         UNIT=w.unit,
-        UNIT_WORDS=groups_of(w.unit)
-        * (8 if w.scheme.bits == 8 else 4),  # that hold codes, or of six bits their low ones
+        UNIT_WORDS=groups_of(w.unit) * (8 if w.scheme.bits == 8 else 4),  # of six bits those with the low ones
         HAS_BIAS=bias is not None,
         BITS=w.scheme.bits,
         FLOATS=w.scheme.floats,
