@@ -18,7 +18,8 @@ from tests.spmd import PRELOAD, free_port, rank_env
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens on `rank` at `tick`: kill, launcher (its parent is killed), stop, raise, memory, other, term, twice.
+    """What happens on `rank` at `tick`: kill, launcher (its parent is killed), stop, raise, memory, other, term, twice,
+    late (told to stop, and again where the others have left and it has not).
 
     `full`: no file may grow beyond so many bytes as `tick` says, from the start.
     """
@@ -48,6 +49,7 @@ def plant(fault: Fault, mark: Path) -> None:
     """Put the fault into this process; `mark` is touched when it strikes."""
     from llama_dist.engine.engine import Engine
     from llama_dist.frontend.batch import desk
+    from llama_dist.parallel.watch import Watch
 
     desk.FLUSH_SECONDS = 0.0
     if fault.kind == "full":
@@ -68,7 +70,7 @@ def plant(fault: Fault, mark: Path) -> None:
             raise ValueError("the cat sat on the keyboard")
         elif fault.kind == "memory":
             raise MemoryError("no more of it")
-        elif fault.kind == "term":  # while the main thread is in the next collective, waiting for rank 0
+        elif fault.kind in ("term", "late"):  # while the main thread is in the next collective, waiting for rank 0
             threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
         elif fault.kind == "twice":
             mark.unlink()
@@ -78,7 +80,7 @@ def plant(fault: Fault, mark: Path) -> None:
     def faulty_step(self: Engine, *args: Any) -> Any:
         if self.ticks == fault.tick and fault.kind != "other":
             act()
-        if fault.kind in ("term", "twice"):
+        if fault.kind in ("term", "twice", "late"):
             time.sleep(0.05)  # the job must last until the signal is heeded
         return step(self, *args)
 
@@ -89,6 +91,20 @@ def plant(fault: Fault, mark: Path) -> None:
             return [(token + 1) % 200 for token in tokens]
         return tokens
 
+    def late_detach(self: Watch) -> None:
+        board = self._board
+        assert board is not None
+        while not any(board.has_left(other.rank) for other in self._cards if other.rank != fault.rank):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        detach(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+
+    detach = Watch.detach
+    if fault.kind == "late":
+        Watch.detach = late_detach  # type: ignore[method-assign]
     Engine.step = faulty_step  # type: ignore[method-assign]
     if fault.kind == "other":
         Engine._choose = other_tokens  # type: ignore[method-assign]

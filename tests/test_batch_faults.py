@@ -215,6 +215,15 @@ def test_a_second_sigterm_leaves_within_a_second(tiny: str, tmp_path: Path, rank
     assert len(job.results()) == 9
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_told_to_stop_because_another_has_left_leaves_in_order(tiny: str, tmp_path: Path, rank: int) -> None:
+    """torchrun sends SIGTERM to all ranks when the first ends with 75."""
+    job = Job(tiny, tmp_path, lines(24))
+    ended = job.run(2, Fault("late", rank, 3))
+    assert ended.codes == [75, 75] and not ended.errors, ended.log
+    assert job.status()["state"] == "preempted"
+
+
 def test_the_real_model_killed_and_resumed(tmp_path: Path) -> None:
     source = [
         {"custom_id": f"q{i}", "messages": [{"role": "user", "content": q}], "max_tokens": 12, "temperature": 0}

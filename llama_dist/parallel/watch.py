@@ -205,7 +205,10 @@ class Watch:
                 self._on_beat(self._board)
 
     def _on_signal(self, number: int) -> None:
-        # torchrun sends SIGTERM to all when one rank dies: look for that one before blaming the signal.
+        # torchrun sends SIGTERM to all when one rank ends with another code than 0: look for that one before blaming
+        # the signal. Ranks leave together, so one that has left in order leaves nothing for this one to be told.
+        if number == signal.SIGTERM and self._all_leave():
+            return
         for fd, _ in self._poll.poll(0):
             if fd != self._wake_read:
                 self._poll.unregister(fd)
@@ -221,6 +224,9 @@ class Watch:
                 self.finish("stopped by a second SIGTERM", EX_TEMPFAIL)
             return
         self.finish(f"stopped by {signal.Signals(number).name}", 128 + number)
+
+    def _all_leave(self) -> bool:
+        return self._leaving or (self._board is not None and self._board.anyone_left([c.rank for c in self._cards]))
 
     def _drain(self) -> None:
         self.draining.set()
