@@ -20,11 +20,13 @@ NUMBERS = 1 << 20  # logits at once, which bounds what is allocated beside them
 MOST_K = 256
 
 
-def draw_rows(wanted: Sequence[Wanted]) -> list[int]:
-    """A token for each, at temperatures above 0; UNSURE where it is close. Rows are of one length and on one device."""
+def draw_rows(wanted: Sequence[Wanted]) -> torch.Tensor:
+    """A token for each, int64 [n] on the rows' device; UNSURE where it is close.
+
+    Rows are of one length and on one device, at temperatures above 0.
+    """
     at_once = max(1, NUMBERS // len(wanted[0].row))
-    found: list[int] = torch.cat([_few(wanted[i : i + at_once]) for i in range(0, len(wanted), at_once)]).tolist()
-    return found
+    return torch.cat([_few(wanted[i : i + at_once]) for i in range(0, len(wanted), at_once)])
 
 
 def _few(wanted: Sequence[Wanted]) -> torch.Tensor:

@@ -14,12 +14,14 @@ import torch
 
 from llama_dist.engine import sampler
 from llama_dist.engine.answer import Answer
-from llama_dist.engine.draws import begin, settle
+from llama_dist.engine.draws import Drawing, begin, settle
 from llama_dist.engine.fault import find_fault
+from llama_dist.engine.foresight import Foreseen, next_tokens
 from llama_dist.engine.logits import shape
 from llama_dist.engine.scheduler import Scheduler, Work
 from llama_dist.engine.scores import Score, scores_of
 from llama_dist.engine.stats import EngineStats
+from llama_dist.engine.told import Told
 from llama_dist.errors import RequestError
 from llama_dist.model.cache import KVCache, Span, lay
 from llama_dist.model.transformer import Transformer
@@ -49,12 +51,15 @@ class Engine:
     stop_ids: frozenset[int]
     seed: int
     check_every: int
+    foresees: bool
+    """Begin the next pass before this one's tokens have been seen: for GPUs, which work on meanwhile."""
     answers: dict[str, Answer] = field(default_factory=dict)
     ticks: int = 0
     batch: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
     cached_tokens: int = 0
+    _foreseen: Foreseen | None = None
     _digest: hashlib.blake2b = field(default_factory=lambda: hashlib.blake2b(digest_size=8))
 
     @property
@@ -117,9 +122,8 @@ class Engine:
     @torch.inference_mode()
     def step(self, on_token: OnToken | None = None) -> list[Completion]:
         """One tick; the requests that ended in it, in order of arrival. Every rank of the replica calls it alike."""
-        batch = self.scheduler.next_batch()
+        batch, hidden, ends = self._compute()
         self.batch = len(batch)
-        hidden, ends = self._compute(batch)
         done: list[Ended] = []
         drawing: list[tuple[Work, int]] = []
         for work, end in zip(batch, ends, strict=True):
@@ -135,21 +139,33 @@ class Engine:
                 if work.last:
                     done.append(self._end(answer, "length"))
         done += self._draw(drawing, hidden, on_token)
+        if self.idle:
+            self._foreseen = None
         self._check(done)
         return [completion for _, completion in sorted(done, key=lambda end: end[0])]
 
-    def _compute(self, batch: list[Work]) -> tuple[torch.Tensor, list[int]]:
-        """Hidden states of all tokens of the tick, and where each sequence's end."""
+    def _compute(self) -> tuple[list[Work], torch.Tensor, list[int]]:
+        """The tick's work, hidden states of all its tokens, and where each sequence's end.
+
+        What was begun ahead is taken first, by itself: what has come in between can wait for that little.
+        """
+        seen, self._foreseen = self._foreseen, None
+        if seen is not None and (rows := seen.rows()):
+            return [seen.works[row] for row in rows], seen.hidden, [row + 1 for row in rows]
+        batch = self.scheduler.next_batch()
+        return batch, *self._pass(batch)
+
+    def _pass(self, batch: list[Work], tokens: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
+        """Hidden states, and where each sequence's end. `tokens` [len(batch)]: on the device, not known here yet."""
         rows, ends, end = [], [], 0
         for work in batch:
-            s = work.sequence
-            rows.append(
-                (Span(s.pages, work.start, work.length, s.prompt_len), s.tokens[work.start : work.start + work.length])
-            )
+            s, stop = work.sequence, work.start + work.length
+            ids = s.tokens[work.start : stop] if tokens is None else [0]
+            rows.append((Span(s.pages, work.start, work.length, s.prompt_len), ids))
             end += work.length
             ends.append(end)
-        drawn = end == len(batch) and all(work.last for work in batch)
-        return self.model(lay(rows, self.world.device), self.cache, drawn), ends
+        drawn = tokens is not None or (end == len(batch) and all(work.last for work in batch))
+        return self.model(lay(rows, self.world.device), self.cache, drawn, tokens), ends
 
     def _count(self, work: Work) -> None:
         sequence = work.sequence
@@ -177,8 +193,12 @@ class Engine:
         if not drawing:
             return []
         ends = [at for _, at in drawing]
-        logits = self.model.logits(hidden if ends == [*range(len(hidden))] else hidden[ends])
-        chosen = self._choose(drawing, logits)
+        logits = self.model.logits(hidden, None if ends == [*range(len(hidden))] else ends)
+        likeliest: Told | None = None
+        if self.foresees:
+            likeliest = Told(self.model.found(logits))
+            logits = logits.clone()  # the next pass may overwrite them
+        chosen = self._choose(drawing, logits, likeliest)
         scores = self._scores(drawing, logits, chosen)
         done: list[Ended] = []
         for i, token in enumerate(chosen):
@@ -204,8 +224,13 @@ class Engine:
         self.scheduler.table.forget(work.sequence.pages)
         return self._end(answer, "error", why)
 
-    def _choose(self, drawing: list[tuple[Work, int]], logits: torch.Tensor) -> list[int | RequestError]:
-        """A row's token, BROKEN where its numbers are not finite, or why none may be drawn."""
+    def _choose(
+        self, drawing: list[tuple[Work, int]], logits: torch.Tensor, told: Told | None
+    ) -> list[int | RequestError]:
+        """A row's token, BROKEN where its numbers are not finite, or why none may be drawn.
+
+        `told`: the likeliest, where the next pass may begin before they are known.
+        """
         refused: dict[int, RequestError] = {}
         wanted: dict[int, sampler.Wanted] = {}
         for i, (work, _) in enumerate(drawing):
@@ -221,15 +246,31 @@ class Engine:
                     continue
             wanted[i] = sampler.Wanted(row, params, answer.seed, len(sequence.tokens))
         begun = begin([*wanted.values()])  # before anything waits for the device
-        likeliest = self.model.likeliest(logits)
+        ahead = self._look_ahead(drawing, told, [*wanted], begun) if told is not None else None
+        likeliest = told.tolist() if told is not None else self.model.likeliest(logits)
         chosen: list[int | RequestError] = [*likeliest]
-        for i, token in zip(wanted, begun(), strict=True):
+        drawn = dict(zip(wanted, begun.wait(), strict=True))
+        for i, token in drawn.items():
             if likeliest[i] != BROKEN:
                 chosen[i] = settle(wanted[i], token)
+        if ahead is not None:
+            works, going, after = ahead
+            self._foreseen = Foreseen(works, [drawn.get(i, likeliest[i]) for i in going], after)
         for i, why in refused.items():
             if likeliest[i] != BROKEN:
                 chosen[i] = why
         return chosen
+
+    def _look_ahead(
+        self, drawing: list[tuple[Work, int]], told: Told, rows: list[int], begun: Drawing
+    ) -> tuple[list[Work], list[int], torch.Tensor] | None:
+        """Begin the next pass, if it is clear what it will be: its work, the rows it goes on from, what it leaves."""
+        works = self.scheduler.foresee([work for work, _ in drawing]) if begun.whole else []
+        if not works:
+            return None
+        places = {work.sequence.arrival: i for i, (work, _) in enumerate(drawing)}
+        going = [places[work.sequence.arrival] for work in works]
+        return works, going, self._pass(works, next_tokens(told.there, begun, rows, going))[0]
 
     def _scores(
         self, drawing: list[tuple[Work, int]], logits: torch.Tensor, chosen: list[int | RequestError]

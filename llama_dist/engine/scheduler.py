@@ -119,10 +119,9 @@ class Scheduler:
                 if self._grow(sequence, length):
                     sizes[sequence.arrival] = length
                     budget -= length
-        while self.waiting and budget > 0 and len(self.running) < self.max_batch_size:
-            if not self._admit(self.waiting[0]):
-                break
+        while self.waiting and budget > 0 and self._admits(self.waiting[0]):
             sequence = self.waiting.popleft()
+            self._admit(sequence)
             self.running.append(sequence)
             self.running.sort(key=lambda s: s.arrival)
             length = min(sequence.missing, budget)
@@ -132,6 +131,23 @@ class Scheduler:
             budget -= length
         # a sequence that was given work may have been preempted for an older one since
         return [Work(s, s.cached, sizes[s.arrival]) for s in self.running if s.arrival in sizes]
+
+    def foresee(self, drawing: list[Work]) -> list[Work]:
+        """The next tick's work, if no answer ends before its limit with the tokens that are being drawn after these.
+
+        One token of each, not known yet, for which pages are taken here. Empty where the next tick is to do more.
+        """
+        going = [w.sequence for w in drawing if len(w.sequence.tokens) + 1 < w.sequence.limit]
+        if [w.sequence for w in drawing] != self.running:
+            return []
+        if self.waiting and (len(going) < len(drawing) or self._admits(self.waiting[0])):
+            return []
+        needed = [self.table.pages_for(len(s.tokens) + 1) - len(s.pages) for s in going]
+        if sum(needed) > self.table.n_free:
+            return []
+        for sequence, n in zip(going, needed, strict=True):
+            sequence.pages += [self.table.take() for _ in range(n)]
+        return [Work(s, len(s.tokens), 1) for s in going]
 
     def commit(self, work: Work, token: int | None) -> None:
         """The work is computed; `token` was drawn after it, where it reached the newest one and the answer goes on."""
@@ -158,26 +174,33 @@ class Scheduler:
             assert s.cached <= len(s.tokens) <= self.max_seq_len, f"{s.cached} cached of {len(s.tokens)} tokens"
             assert self.table.pages_for(s.cached) <= len(s.pages), f"{s.cached} tokens in {len(s.pages)} pages"
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Take a waiting sequence's shared pages, if all it holds and needs can be had without preempting anyone."""
-        shared: list[int] = []
-        if sequence.shareable:
-            # The newest token is always computed: its hidden state is what the next is drawn from.
-            if sequence.prospect is None:
-                sequence.prospect = page_keys(sequence.tokens[:-1], self.table.page_size)
-            shared = self.table.match(sequence.prospect)
-            sequence.keys = sequence.prospect[: len(shared)]
-        needed = self.table.pages_for(len(sequence.tokens)) - len(shared)
-        if needed > self.table.n_free - self.table.n_matched_free(shared):
-            sequence.keys = []
+    def _shared(self, sequence: Sequence) -> list[int]:
+        """Pages that a waiting sequence would share."""
+        if not sequence.shareable:
+            return []
+        # The newest token is always computed: its hidden state is what the next is drawn from.
+        if sequence.prospect is None:
+            sequence.prospect = page_keys(sequence.tokens[:-1], self.table.page_size)
+        return self.table.match(sequence.prospect)
+
+    def _admits(self, sequence: Sequence) -> bool:
+        """Whether it has a place, and all it holds and needs can be had without preempting anyone."""
+        if len(self.running) >= self.max_batch_size:
             return False
+        shared = self._shared(sequence)
+        needed = self.table.pages_for(len(sequence.tokens)) - len(shared)
+        return needed <= self.table.n_free - self.table.n_matched_free(shared)
+
+    def _admit(self, sequence: Sequence) -> None:
+        """Take a waiting sequence's shared pages."""
+        shared = self._shared(sequence)
+        sequence.keys = (sequence.prospect or [])[: len(shared)]
         sequence.prospect = None
         self.table.share(shared)
         sequence.pages = list(shared)
         sequence.cached = len(shared) * self.table.page_size
         if sequence.hit is None:
             sequence.hit = sequence.cached
-        return True
 
     def _grow(self, sequence: Sequence, length: int) -> bool:
         """Give a running sequence pages for its next `length` tokens, the newest ones paying for it. False: it paid."""

@@ -200,6 +200,7 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
         checked.tokenizer.stop_ids | frozenset(config.eos_ids),
         run.seed,
         run.check_every,
+        foresees=world.device.type == "cuda",
     )
     return Session(run, world, config, checked.tokenizer, engine, checked.max_seq_len)
 

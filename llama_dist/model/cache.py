@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from array import array
@@ -74,6 +75,11 @@ class Laid:
     @property
     def n(self) -> int:
         return len(self.of_tokens) // 4
+
+    def of(self, tokens: torch.Tensor) -> Laid:
+        """The same of other tokens [n], which are waited for."""
+        numbers = array("q", tokens.tolist())
+        return dataclasses.replace(self, of_tokens=numbers + self.of_tokens[self.n :])
 
     @functools.cached_property
     def batch(self) -> Batch:

@@ -78,8 +78,8 @@ class Seats:
         ends = spans[end : end + 2 * self._rows]
         return tokens.view(4, -1), spans[:end].view(self._rows, -1), ends.view(2, -1)
 
-    def take(self, laid: Laid) -> None:
-        """Fill them with a batch, its last row standing for those it lacks."""
+    def take(self, laid: Laid, tokens: torch.Tensor | None = None) -> None:
+        """Fill them with a batch, its last row standing for those it lacks. `tokens` of the device replace its own."""
         n, width = laid.n, laid.width
         if self._copied is not None:
             self._copied.synchronize()  # the copy before this one has been made
@@ -96,6 +96,10 @@ class Seats:
         self._there.copy_(self._here, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
+        if tokens is not None:
+            self.batch.tokens[:n].copy_(tokens)
+            if n < self._rows:
+                self.batch.tokens[n:].copy_(tokens[-1:].expand(self._rows - n))
 
 
 @dataclass(frozen=True)
@@ -134,18 +138,21 @@ class Recordings:
         n = laid.n
         return self._works and n == len(laid.spans) and rows_for(n) <= self._most and laid.stop <= self._stop
 
-    def run(self, laid: Laid) -> Results:
-        """The pass over a batch that is served: [n, ...] each, which the next call may overwrite."""
+    def run(self, laid: Laid, tokens: torch.Tensor | None = None) -> Results:
+        """The pass over a batch that is served: [n, ...] each, which the next call may overwrite.
+
+        `tokens` [n]: in place of the batch's.
+        """
         n = laid.n
         rows, stop = rows_for(n), min(stop_for(laid.stop), self._stop)
         found = self._made.get((rows, stop))
         if found is not None:
-            found.seats.take(laid)
+            found.seats.take(laid, tokens)
             for play in found.plays:
                 play()
             return tuple(result[:n] for result in found.results)
         seats = Seats(rows, stop, self._device)
-        seats.take(laid)
+        seats.take(laid, tokens)
         # First as it is: kernels are compiled, and memory is found, before it is recorded.
         results = self._end(seats.batch, self._begin(seats.batch))
         try:

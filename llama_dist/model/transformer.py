@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from collections.abc import Sequence
 
@@ -110,8 +111,8 @@ class Transformer(nn.Module):
         self.recordings: tuple[KVCache, Recordings] | None = None
         self._laid: tuple[KVCache, int] | None = None  # what it was laid out for last
         self._scored: tuple[torch.Tensor, torch.Tensor] | None = None  # hidden states, and logits computed with them
-        self._found: array[int] | None = None  # the likeliest tokens of these logits, where a rank has all of them
-        self._likeliest: torch.Tensor | None = None  # the same of a recorded pass, on the device
+        self._found: array[int] | None = None  # where the program leaves likeliest tokens, if a rank has all logits
+        self._likeliest: array[int] | torch.Tensor | None = None  # those of the scored logits, where they are at hand
         self._views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by the number of rows, what the program leaves
 
     def weights(self) -> dict[str, tuple[torch.Tensor | Packed, Placement]]:
@@ -203,23 +204,27 @@ class Transformer(nn.Module):
         if self._laid is not None:
             self.lay_out(*self._laid)
 
-    def forward(self, laid: Laid, cache: KVCache, scored: bool = False) -> torch.Tensor:
+    def forward(
+        self, laid: Laid, cache: KVCache, scored: bool = False, tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run the batch's tokens through all layers, writing the cache: the last hidden states, normed, [n, dim].
 
-        They may be overwritten by the next call. `scored`: `logits` of all of them will be asked for next, so these may
-        be computed at once.
+        They may be overwritten by the next call. `scored`: `logits` of all of them will be asked for, so these may be
+        computed at once. `tokens` [n], on the device: in place of those that were laid, where the host does not know
+        them yet.
         """
         self._scored = self._likeliest = None
         if self.program is not None and self.program[0] is cache and laid.n <= self.program[1].most:
-            return self._run(self.program[1], laid, cache, scored)
+            return self._run(self.program[1], laid if tokens is None else laid.of(tokens), cache, scored)
         if scored and self.recordings is not None and self.recordings[0] is cache and self.recordings[1].serves(laid):
-            hidden, logits, self._likeliest = self.recordings[1].run(laid)
+            hidden, logits, self._likeliest = self.recordings[1].run(laid, tokens)
             self._scored = hidden, logits
             return hidden
-        return self._layers(laid.batch, cache)
-
-    def _layers(self, batch: Batch, cache: KVCache) -> torch.Tensor:
-        return self._some_layers(self._begin(batch), slice(None), batch, cache)[1]
+        batch = laid.batch if tokens is None else dataclasses.replace(laid.batch, tokens=tokens)
+        hidden = self._some_layers(self._begin(batch), slice(None), batch, cache)[1]
+        if scored:
+            self._scored = hidden, self.logits(hidden)
+        return hidden
 
     def _begin(self, batch: Batch) -> Stream:
         x = self.tok_embeddings(batch.tokens)
@@ -259,22 +264,27 @@ class Transformer(nn.Module):
         hidden, logits = self._views[n]
         if scored:
             self._scored = hidden, logits if self.n_ranks == 1 else gather(logits)[:, :vocab]
+            self._likeliest = self._found
         return hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, rows: list[int] | None = None) -> torch.Tensor:
         """Hidden states [n, dim] -> logits [n, vocab_size] in the weights' dtype, whole on every rank.
 
-        They may be overwritten by the next call of `forward`.
+        `rows`: of these only. They may be overwritten by the next call of `forward`.
         """
         if self._scored is not None and self._scored[0] is hidden:
-            return self._scored[1]
+            return self._scored[1] if rows is None else self._scored[1][rows]
+        if rows is not None:
+            hidden = hidden[rows]
         return gather(self.output(hidden))[:, : self.config.vocab_size]
 
     def likeliest(self, logits: torch.Tensor) -> list[int]:
         """The likeliest token of each row of what `logits` gave; -1 where a number is not finite."""
-        if self._scored is not None and self._scored[1] is logits:
-            if self._likeliest is not None:
-                return self._likeliest.tolist()
-            if self._found is not None:
-                return self._found[: logits.shape[0]].tolist()
+        if self._likeliest is not None and self._scored is not None and self._scored[1] is logits:
+            return self._likeliest[: logits.shape[0]].tolist()
         return likeliest(logits)
+
+    def found(self, logits: torch.Tensor) -> torch.Tensor:
+        """The same as int64 [n] on the device, which is not waited for."""
+        at_hand = self._scored is not None and self._scored[1] is logits
+        return self._likeliest if at_hand and isinstance(self._likeliest, torch.Tensor) else found_of(logits)

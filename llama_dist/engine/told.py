@@ -1,0 +1,33 @@
+"""Numbers between host and device, either way without waiting for what else the device has been asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+class Told:
+    """Numbers of a device on their way to the host, behind all that it has been asked for so far."""
+
+    def __init__(self, there: torch.Tensor) -> None:
+        self.there, cuda = there, there.device.type == "cuda"
+        self._here = torch.empty(there.shape, dtype=there.dtype, pin_memory=cuda)
+        self._here.copy_(there, non_blocking=cuda)
+        self._arrived: torch.cuda.Event | None = None
+        if cuda:
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record(torch.cuda.current_stream(there.device))
+
+    def tolist(self) -> list[int]:
+        """Waits for them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        found: list[int] = self._here.tolist()
+        return found
+
+
+def sent(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int64 [n] on the device."""
+    here = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return here.to(device, non_blocking=True)
