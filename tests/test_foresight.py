@@ -7,7 +7,7 @@ import torch
 
 from llama_dist.engine.draws import Drawing
 from llama_dist.engine.foresight import next_tokens
-from llama_dist.engine.told import Told
+from llama_dist.kernels.told import Told
 from tests.conftest import Saver
 from tests.engine_jobs import Run
 from tests.foresight_jobs import a_fault, answers

@@ -1,4 +1,4 @@
-"""Tokens of many rows on a GPU, in torch's operations: those that `sampler.sample` gives, waiting for the device once.
+"""Tokens of many rows on a GPU, in torch's operations: those that `sampler.sample` gives, without waiting.
 
 For rows with top_k, and where Triton does not serve: else kernels/triton_draw.py draws, in the same way.
 
@@ -15,6 +15,7 @@ import torch
 
 from llama_dist.engine.sampler import Wanted, gumbel_of, noise_key, signed
 from llama_dist.kernels.draw import CLOSE, ROUNDS, SMALLEST, UNSURE
+from llama_dist.kernels.told import sent
 
 NUMBERS = 1 << 20  # logits at once, which bounds what is allocated beside them
 MOST_K = 256
@@ -35,10 +36,10 @@ def _few(wanted: Sequence[Wanted]) -> torch.Tensor:
     vocab, device = rows.shape[1], rows.device
 
     def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+        return sent(torch.tensor(values, dtype=torch.float64), device)[:, None]
 
     params = [w.params for w in wanted]
-    keys = torch.tensor([[signed(noise_key(w.seed, w.position))] for w in wanted], device=device)
+    keys = sent(torch.tensor([[signed(noise_key(w.seed, w.position))] for w in wanted]), device)
     ids, temperature = torch.arange(vocab, device=device), column([p.temperature for p in params])
     scaled = rows / temperature
     noisy = scaled + gumbel_of(keys, ids)
@@ -54,7 +55,7 @@ def _few(wanted: Sequence[Wanted]) -> torch.Tensor:
     noisy = noisy.masked_fill(weights < torch.maximum(least, min_p - CLOSE), float("-inf"))
     found = torch.full_like(keys, UNSURE)
     # Rows that have no token yet and may get one.
-    may = torch.tensor([[k == vocab or k <= MOST_K] for k in ks], device=device)
+    may = sent(torch.tensor([[k == vocab or k <= MOST_K] for k in ks]), device)
     for _ in range(ROUNDS):
         best, sure = _greatest(noisy)
         logit, weight = rows.gather(1, best), weights.gather(1, best)
@@ -85,8 +86,8 @@ def _kept(weights: torch.Tensor, ks: list[int]) -> tuple[torch.Tensor, torch.Ten
     if not most:
         return whole, least
     greatest = weights.topk(most).values
-    last = torch.tensor([[min(k, most) - 1] for k in ks], device=weights.device)
-    few = torch.tensor([[k <= most] for k in ks], device=weights.device)
+    last = sent(torch.tensor([[min(k, most) - 1] for k in ks]), weights.device)
+    few = sent(torch.tensor([[k <= most] for k in ks]), weights.device)
     return (
         torch.where(few, greatest.cumsum(1).gather(1, last), whole),
         torch.where(few, greatest.gather(1, last), least),

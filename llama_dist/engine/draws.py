@@ -9,9 +9,9 @@ import torch
 
 from llama_dist.engine.device_draws import draw_rows
 from llama_dist.engine.sampler import Wanted, noise_key, sample
-from llama_dist.engine.told import Told
 from llama_dist.kernels import triton_here
 from llama_dist.kernels.draw import UNSURE, Draw, draw
+from llama_dist.kernels.told import Told
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from llama_dist.engine.logits import shape
 from llama_dist.engine.scheduler import Scheduler, Work
 from llama_dist.engine.scores import Score, scores_of
 from llama_dist.engine.stats import EngineStats
-from llama_dist.engine.told import Told
 from llama_dist.errors import RequestError
+from llama_dist.kernels.told import Told
 from llama_dist.model.cache import KVCache, Span, lay
 from llama_dist.model.transformer import Transformer
 from llama_dist.parallel.control import check

@@ -13,7 +13,7 @@ import torch
 
 from llama_dist.engine.draws import Drawing
 from llama_dist.engine.scheduler import Work
-from llama_dist.engine.told import sent
+from llama_dist.kernels.told import sent
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def next_tokens(likeliest: torch.Tensor, drawn: Drawing, rows: Sequence[int], go
     for some, told in drawn.parts:
         at = [rows[i] for i in some]
         every = at == [*range(len(tokens))]
-        tokens = told.there if every else tokens.index_copy(0, sent(at, device), told.there)
+        tokens = told.there if every else tokens.index_copy(0, sent(torch.tensor(at), device), told.there)
     if len(going) < len(tokens):
-        tokens = tokens[sent(going, device)]
+        tokens = tokens[sent(torch.tensor(going), device)]
     return tokens.clamp_min(0)

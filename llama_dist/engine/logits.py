@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from llama_dist.errors import RequestError
+from llama_dist.kernels.told import sent
 from llama_dist.request import SamplingParams
 
 NEVER = float("-inf")
@@ -20,7 +21,10 @@ NEVER = float("-inf")
 def shape(
     logits: torch.Tensor, params: SamplingParams, prompt: Sequence[int], answer: Sequence[int], stops: Iterable[int]
 ) -> torch.Tensor:
-    """A row [vocab], as float32, with the request's penalties, biases and bans; no `stops` before `min_tokens`."""
+    """A row [vocab], as float32, with the request's penalties, biases and bans; no `stops` before `min_tokens`.
+
+    RequestError where the bans leave no token. The device is not waited for.
+    """
     row = logits.to(torch.float32, copy=True)
     if params.repetition_penalty != 1:
         ids = _ids({*prompt, *answer}, row)
@@ -28,11 +32,12 @@ def shape(
         row[ids] = torch.where(seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty)
     if answer and (params.presence_penalty or params.frequency_penalty):
         counts = Counter(answer)
-        times = torch.tensor([counts[i] for i in sorted(counts)], dtype=row.dtype, device=row.device)
+        times = sent(torch.tensor([counts[i] for i in sorted(counts)], dtype=row.dtype), row.device)
         row[_ids(counts, row)] -= params.presence_penalty + params.frequency_penalty * times
     if params.logit_bias:
         biased, by = zip(*params.logit_bias, strict=True)
-        row.index_add_(0, torch.tensor(biased, device=row.device), torch.tensor(by, dtype=row.dtype, device=row.device))
+        more = sent(torch.tensor(by, dtype=row.dtype), row.device)
+        row.index_add_(0, sent(torch.tensor(biased), row.device), more)
     if params.allowed_token_ids is not None:
         allowed = _ids(params.allowed_token_ids, row)
         kept = row[allowed]
@@ -43,14 +48,18 @@ def shape(
         banned |= set(stops)
     if banned:
         row[_ids(banned, row)] = NEVER
-    bans = params.allowed_token_ids is not None or bool(banned)
-    if bans and not bool((row > NEVER).any()):
+    if not _left(len(row), params.allowed_token_ids, banned):
         raise RequestError("no token may be drawn: allowed_token_ids, bad_words and min_tokens leave none")
     return row
 
 
 def _ids(tokens: Iterable[int], row: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(sorted(set(tokens)), dtype=torch.int64, device=row.device)
+    return sent(torch.tensor(sorted(set(tokens)), dtype=torch.int64), row.device)
+
+
+def _left(vocab: int, allowed: Sequence[int] | None, banned: set[int]) -> bool:
+    """Whether a token may be drawn."""
+    return len(banned) < vocab if allowed is None else not banned.issuperset(allowed)
 
 
 def _ends_with(prompt: Sequence[int], answer: Sequence[int], beginning: Sequence[int]) -> bool:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from llama_dist.kernels.draw import CLOSE, ROUNDS, SMALLEST, UNSURE, Draw
+from llama_dist.kernels.told import sent
 from llama_dist.kernels.triton_ahead import ahead, follow
 
 CHUNK = 2048  # numbers of a row that a program looks at
@@ -193,9 +194,7 @@ def begin(wanted: Sequence[Draw]) -> torch.Tensor:
     params = torch.frombuffer(numbers, dtype=torch.int64).view(n, N_PARAMS)
     params[:, 0] = torch.tensor(begins)
     params[:, 1] = torch.tensor([w.key - 2**64 if w.key >= 2**63 else w.key for w in wanted])
-    if device.type == "cuda":
-        params = params.pin_memory()  # else the copy waits for the device
-    params = params.to(device, non_blocking=True)
+    params = sent(params, device)
     chunks = triton.cdiv(vocab, CHUNK)
     mass = torch.empty(n, chunks, 2, dtype=torch.float64, device=device)
     parts = torch.empty(ROUNDS + 1, n, chunks, N_PARTS, dtype=torch.float64, device=device)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from llama_dist.kernels.attention import PAGE_SIZE as PAGE_SIZE
+from llama_dist.kernels.told import sent
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class Laid:
     @functools.cached_property
     def batch(self) -> Batch:
         """Made when first asked for: a program does not need it."""
-        of_tokens = torch.frombuffer(self.of_tokens, dtype=torch.int64).to(self.device)
-        of_spans = torch.frombuffer(self.of_spans, dtype=torch.int32).to(self.device)
+        of_tokens = sent(torch.frombuffer(self.of_tokens, dtype=torch.int64), self.device)
+        of_spans = sent(torch.frombuffer(self.of_spans, dtype=torch.int32), self.device)
         n = len(self.spans)
         tables, starts, counts = of_spans.split((n * self.width, n, n))  # type: ignore[no-untyped-call]
         a, b, c, d = of_tokens.view(4, -1).unbind()

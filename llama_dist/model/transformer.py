@@ -15,6 +15,7 @@ from llama_dist.kernels.attention import compiled_for, paged
 from llama_dist.kernels.linear import FEW, compiled
 from llama_dist.kernels.program import Call, Program
 from llama_dist.kernels.single import found_of, likeliest
+from llama_dist.kernels.told import sent
 from llama_dist.model.attention import Attention
 from llama_dist.model.cache import PAGE_SIZE, Batch, KVCache, Laid
 from llama_dist.model.norm import RMSNorm
@@ -272,10 +273,10 @@ class Transformer(nn.Module):
 
         `rows`: of these only. They may be overwritten by the next call of `forward`.
         """
+        some = sent(torch.tensor(rows), hidden.device) if rows is not None else slice(None)
         if self._scored is not None and self._scored[0] is hidden:
-            return self._scored[1] if rows is None else self._scored[1][rows]
-        if rows is not None:
-            hidden = hidden[rows]
+            return self._scored[1] if rows is None else self._scored[1][some]
+        hidden = hidden[some]
         return gather(self.output(hidden))[:, : self.config.vocab_size]
 
     def likeliest(self, logits: torch.Tensor) -> list[int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 
@@ -27,7 +25,8 @@ class Told:
         return found
 
 
-def sent(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int64 [n] on the device."""
-    here = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return here.to(device, non_blocking=True)
+def sent(here: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The host's numbers on the device: on a GPU a copy, made before this returns; on a CPU they themselves."""
+    if device.type != "cuda":
+        return here.to(device)
+    return here.pin_memory().to(device, non_blocking=True)  # from other memory the copy waits for the device
