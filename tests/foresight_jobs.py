@@ -6,13 +6,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from llama_dist.engine import draws
+from llama_dist.engine import engine as engine_module
 from llama_dist.engine.engine import Engine
 from llama_dist.engine.foresight import Foreseen
 from llama_dist.engine.sampler import Wanted
 from llama_dist.kernels.draw import UNSURE
 from llama_dist.model import recordings, transformer
 from llama_dist.model.cache import KVCache
+from llama_dist.parallel.launch import read_launch
 from tests.engine_jobs import Prompts, Row, Run, answer_all, engine_for, faulty_row
 from tests.recording_jobs import again
 
@@ -43,8 +47,8 @@ def count() -> Counter[str]:
 
 
 def leave_some_to_the_sampler() -> None:
-    """Every seventh drawn token is left to the sampler, as where it is close."""
-    real, calls = draws.compiled_draw, 0
+    """Every seventh drawn token is left to the sampler, as where it is close; on every rank another."""
+    real, calls = draws.compiled_draw, read_launch().rank
 
     def some(wanted: Sequence[Wanted]) -> list[int]:
         nonlocal calls
@@ -66,6 +70,35 @@ def answers(folder: str, prompts: Prompts, run: Run, way: str, foresees: bool) -
     rows = answer_all(engine, prompts)
     assert engine._foreseen is None and engine.scheduler.table.n_held == 0
     return rows, dict(counts)
+
+
+def without_waiting(folder: str, prompts: Prompts, run: Run) -> tuple[list[Row], list[Row]]:
+    """Rows of two runs on a GPU, in the second of which an error ends what waits for it but by `Told`."""
+    engine = engine_for(folder, run)
+    before = answer_all(engine, prompts)
+    choose = Engine._choose
+
+    def may_wait(function: Callable[..., Any]) -> Callable[..., Any]:
+        def waits(*args: Any) -> Any:
+            torch.cuda.set_sync_debug_mode("default")
+            try:
+                return function(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("error")
+
+        return waits
+
+    def watched(self: Engine, *args: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return choose(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    Engine._choose = watched  # type: ignore[method-assign]
+    engine_module.settle = may_wait(engine_module.settle)
+    recordings.Recordings._record_new = may_wait(recordings.Recordings._record_new)  # type: ignore[method-assign]
+    return before, answer_all(engine, prompts)
 
 
 def a_fault(folder: str, stage: str, rank: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,26 +13,21 @@ from llama_dist.kernels import triton_here
 from llama_dist.kernels.draw import UNSURE, Draw, draw
 from llama_dist.kernels.told import Told
 
+Way = Callable[[Sequence[Wanted]], torch.Tensor]
+"""From rows to their tokens, int64 [n] on the device, without waiting for it."""
+
 
 @dataclass(frozen=True)
 class Drawing:
-    """Tokens of `n` rows on their way: of `parts`, each some of the rows; the others are left to the sampler."""
+    """Tokens of `n` rows on their way, in parts: of which rows each is, and the tokens."""
 
     n: int
     parts: list[tuple[list[int], Told]]
 
-    @property
-    def whole(self) -> bool:
-        """Whether none is left to the sampler from the start."""
-        return sum(len(rows) for rows, _ in self.parts) == self.n
-
     def wait(self) -> list[int]:
         """The tokens, UNSURE where they are left to the sampler."""
-        found = [UNSURE] * self.n
-        for rows, told in self.parts:
-            for i, token in zip(rows, told.tolist(), strict=True):
-                found[i] = token
-        return found
+        found = {i: token for rows, told in self.parts for i, token in zip(rows, told.tolist(), strict=True)}
+        return [found[i] for i in range(self.n)]
 
 
 def draw_all(wanted: Sequence[Wanted]) -> list[int]:
@@ -49,14 +44,22 @@ def begin(wanted: Sequence[Wanted]) -> Drawing:
     """Have a GPU draw a token for each while the host goes on; on a CPU they are drawn here."""
     if wanted and wanted[0].row.device.type == "cpu":
         return Drawing(len(wanted), [([*range(len(wanted))], Told(torch.tensor(compiled_draw(wanted))))])
-    groups: dict[object, list[int]] = {}  # by how they are drawn
+    groups: dict[tuple[Way, torch.dtype], list[int]] = {}
     for i, w in enumerate(wanted):
-        if w.params.temperature > 0:
-            kernel = not 0 < w.params.top_k < len(w.row) and triton_here.serves(w.row)
-            groups.setdefault(w.row.dtype if kernel else None, []).append(i)
-    last_waits = sorted(groups.items(), key=lambda group: group[0] is None)
-    parts = [(some, (begin_triton, draw_rows)[key is None]([wanted[i] for i in some])) for key, some in last_waits]
-    return Drawing(len(wanted), [(some, Told(tokens)) for some, tokens in parts])
+        groups.setdefault((_way(w), w.row.dtype), []).append(i)
+    return Drawing(len(wanted), [(some, Told(way([wanted[i] for i in some]))) for (way, _), some in groups.items()])
+
+
+def _way(wanted: Wanted) -> Way:
+    if wanted.params.temperature == 0:
+        return greatest
+    filtered = 0 < wanted.params.top_k < len(wanted.row)
+    return draw_rows if filtered or not triton_here.serves(wanted.row) else begin_triton
+
+
+def greatest(wanted: Sequence[Wanted]) -> torch.Tensor:
+    """The likeliest token of each, int64 [n] on the device: what temperature 0 draws."""
+    return torch.stack([w.row for w in wanted]).argmax(1)
 
 
 def begin_triton(wanted: Sequence[Wanted]) -> torch.Tensor:

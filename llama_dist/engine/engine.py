@@ -139,8 +139,6 @@ class Engine:
                 if work.last:
                     done.append(self._end(answer, "length"))
         done += self._draw(drawing, hidden, on_token)
-        if self.idle:
-            self._foreseen = None
         self._check(done)
         return [completion for _, completion in sorted(done, key=lambda end: end[0])]
 
@@ -194,11 +192,7 @@ class Engine:
             return []
         ends = [at for _, at in drawing]
         logits = self.model.logits(hidden, None if ends == [*range(len(hidden))] else ends)
-        likeliest: Told | None = None
-        if self.foresees:
-            likeliest = Told(self.model.found(logits))
-            logits = logits.clone()  # the next pass may overwrite them
-        chosen = self._choose(drawing, logits, likeliest)
+        chosen = self._choose(drawing, logits)
         scores = self._scores(drawing, logits, chosen)
         done: list[Ended] = []
         for i, token in enumerate(chosen):
@@ -224,13 +218,12 @@ class Engine:
         self.scheduler.table.forget(work.sequence.pages)
         return self._end(answer, "error", why)
 
-    def _choose(
-        self, drawing: list[tuple[Work, int]], logits: torch.Tensor, told: Told | None
-    ) -> list[int | RequestError]:
-        """A row's token, BROKEN where its numbers are not finite, or why none may be drawn.
-
-        `told`: the likeliest, where the next pass may begin before they are known.
-        """
+    def _choose(self, drawing: list[tuple[Work, int]], logits: torch.Tensor) -> list[int | RequestError]:
+        """A row's token, BROKEN where its numbers are not finite, or why none may be drawn."""
+        told = None
+        if self.foresees and not any(work.sequence.request.params.logprobs for work, _ in drawing):
+            told = Told(self.model.found(logits))
+            logits = logits.clone()  # the next pass may overwrite them before the sampler has seen a row
         refused: dict[int, RequestError] = {}
         wanted: dict[int, sampler.Wanted] = {}
         for i, (work, _) in enumerate(drawing):
@@ -265,7 +258,9 @@ class Engine:
         self, drawing: list[tuple[Work, int]], told: Told, rows: list[int], begun: Drawing
     ) -> tuple[list[Work], list[int], torch.Tensor] | None:
         """Begin the next pass, if it is clear what it will be: its work, the rows it goes on from, what it leaves."""
-        works = self.scheduler.foresee([work for work, _ in drawing]) if begun.whole else []
+        if begun.parts and self.world.mp_size > 1:
+            return None  # what is too close to tell on one rank's device may not be on another's
+        works = self.scheduler.foresee([work for work, _ in drawing])
         if not works:
             return None
         places = {work.sequence.arrival: i for i, (work, _) in enumerate(drawing)}

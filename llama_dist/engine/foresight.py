@@ -18,7 +18,8 @@ from llama_dist.kernels.told import sent
 
 @dataclass(frozen=True)
 class Foreseen:
-    """The pass of `works`, one token each, taken to be `tokens`; it left `hidden` [len(works), dim]."""
+    """The pass of `works`, one token each, taken to be `tokens`; it left `hidden` [len(works), dim], and its logits in
+    the model."""
 
     works: Sequence[Work]
     tokens: Sequence[int]

@@ -47,7 +47,7 @@ def shape(
     if len(answer) < params.min_tokens:
         banned |= set(stops)
     if banned:
-        row[_ids(banned, row)] = NEVER
+        row.index_fill_(0, _ids(banned, row), NEVER)  # an assignment would wait for the device
     if not _left(len(row), params.allowed_token_ids, banned):
         raise RequestError("no token may be drawn: allowed_token_ids, bad_words and min_tokens leave none")
     return row

@@ -26,7 +26,7 @@ class Told:
 
 
 def sent(here: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The host's numbers on the device: on a GPU a copy, made before this returns; on a CPU they themselves."""
+    """The host's numbers on the device: on a GPU a copy, and they may change at once; on a CPU they themselves."""
     if device.type != "cuda":
         return here.to(device)
     return here.pin_memory().to(device, non_blocking=True)  # from other memory the copy waits for the device

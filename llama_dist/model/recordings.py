@@ -143,14 +143,19 @@ class Recordings:
 
         `tokens` [n]: in place of the batch's.
         """
-        n = laid.n
-        rows, stop = rows_for(n), min(stop_for(laid.stop), self._stop)
+        rows, stop = rows_for(laid.n), min(stop_for(laid.stop), self._stop)
         found = self._made.get((rows, stop))
-        if found is not None:
+        if found is None:
+            results = self._record_new(rows, stop, laid, tokens)
+        else:
             found.seats.take(laid, tokens)
             for play in found.plays:
                 play()
-            return tuple(result[:n] for result in found.results)
+            results = found.results
+        return tuple(result[: laid.n] for result in results)
+
+    def _record_new(self, rows: int, stop: int, laid: Laid, tokens: torch.Tensor | None) -> Results:
+        """The pass over a batch, and the recordings for those like it."""
         seats = Seats(rows, stop, self._device)
         seats.take(laid, tokens)
         # First as it is: kernels are compiled, and memory is found, before it is recorded.
@@ -163,7 +168,7 @@ class Recordings:
         except RuntimeError as err:
             self._works = False
             log.info("steps are launched kernel by kernel: recording one failed: %s", str(err).splitlines()[0][:300])
-        return tuple(result[:n] for result in results)
+        return results
 
     def _room(self, results: Results) -> Results:
         """Where results like these are left: logits are large, and all recordings have one place for them."""
