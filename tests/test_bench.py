@@ -19,7 +19,7 @@ from llama_dist.engine.plan import model_bytes
 from llama_dist.errors import ConfigError, RequestError
 from llama_dist.frontend.batch.records import records
 from llama_dist.frontend.bench import against, rows
-from llama_dist.frontend.bench.children import ChildFailed, words_of
+from llama_dist.frontend.bench.children import ChildFailed, last_words, words_of
 from llama_dist.frontend.bench.command import check
 from llama_dist.frontend.bench.figures import RATE, Figure, Limits
 from llama_dist.frontend.bench.machine import About
@@ -221,6 +221,16 @@ def test_a_contender_that_cannot_says_why(code: str, why: str, tmp_path: Path, m
     (tmp_path / "spec.json").write_text(json.dumps(against.spec_of(found, check(found.run, found)) | {"threads": 1}))
     with pytest.raises(ChildFailed, match=why):
         against.contend("fake", sys.executable, tmp_path / "spec.json", 1)
+
+
+def test_of_what_a_child_says_the_line_that_tells_most() -> None:
+    by_torchrun = 'Traceback:\n  File "/torch/multiprocessing/errors/__init__.py", line 3\nChildFailedError: rank 1\n'
+    assert (
+        last_words("loading\nllama_dist: error: [rank 1] no room\n" + by_torchrun)
+        == "llama_dist: error: [rank 1] no room"
+    )
+    assert last_words("loading\n" + by_torchrun) == "ChildFailedError: rank 1"
+    assert last_words("loading\n  here\n") == "here" and last_words(" \n") == "it said nothing"
 
 
 def test_rounds_are_in_turn_and_who_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

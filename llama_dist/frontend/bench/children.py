@@ -47,8 +47,9 @@ def words_of(options: BenchOptions, work: Sequence[str]) -> list[str]:
 def last_words(stderr: str) -> str:
     """Of what a process said, the line that tells most."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    told = [line for line in lines if "error" in line.lower()]
-    return (told or lines or ["it said nothing"])[-1][:300]
+    ours = [line for line in lines if line.startswith("llama_dist: error:")]
+    told = [line for line in lines if "error" in line.lower() and not line.startswith("File ")]  # of a traceback
+    return (ours or told or lines or ["it said nothing"])[-1][:300]
 
 
 def _die_with_parent() -> None:
