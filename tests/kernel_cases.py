@@ -90,7 +90,7 @@ def arguments(
         keys[:, slots], values[:, slots] = it.k[:, :stop], it.v[:, :stop]
     if compiled:
         assert compiled_for(first.q)
-        keys, values = (askew(x, offset) for x in laid_out(keys.contiguous(), values.contiguous()))
+        keys, values = askew(laid_out(keys.contiguous()), offset), askew(values.contiguous(), offset)
     q = askew(torch.cat([it.q[start:stop] for it, start, stop in parts]), offset)
     numbers = ([start for _, start, _ in parts], [stop - start for _, start, stop in parts], list(of_query))
     return [q, keys, values, tables, *(torch.tensor(row, dtype=torch.int32) for row in numbers)]

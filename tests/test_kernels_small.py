@@ -113,7 +113,7 @@ def written(
     cache = fused.new_full((2, 2, 64, head_dim), float("nan"))
     write(*cut(fused, 6, 2, head_dim), cos, sin, *cache, slots)
     if write is small.rope_write_twin:
-        cache = torch.stack(laid_out(*cache))
+        cache = torch.stack((laid_out(cache[0]), cache[1]))
     return fused, cache
 
 

@@ -1,6 +1,6 @@
 """Attention over the pages of the cache: C++ and Triton, whose rows do not depend on the batch, and their twin.
 
-C++ has a cache of its own order, `laid_out`: one load takes a number or two of each key of a page.
+C++ has the keys in an order of its own, `laid_out`: one load takes a number or two of each key of a page.
 """
 
 from __future__ import annotations
@@ -31,17 +31,15 @@ def compiled_for(q: torch.Tensor) -> bool:
     return fits and _compiled() is not None
 
 
-def laid_out(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [kv_heads, slots, head_dim] in the order that C++ has them in, of the same shapes.
+def laid_out(keys: torch.Tensor) -> torch.Tensor:
+    """Keys [kv_heads, slots, head_dim] in the order that C++ has them in, of the same shape.
 
-    Pages first, then heads; in them keys [head_dim / 2, PAGE_SIZE, 2] of bfloat16 or [head_dim, PAGE_SIZE] of float32,
-    and values [PAGE_SIZE, head_dim].
+    Page by page [head_dim / 2, PAGE_SIZE, 2] of bfloat16, or [head_dim, PAGE_SIZE] of float32.
     """
     together = 2 if keys.dtype == torch.bfloat16 else 1
     heads, slots, head_dim = keys.shape
     pages = keys.view(heads, slots // PAGE_SIZE, PAGE_SIZE, head_dim // together, together)
-    keys = pages.permute(1, 0, 3, 2, 4).reshape(keys.shape)
-    return keys, values.view(heads, slots // PAGE_SIZE, -1).transpose(0, 1).reshape(values.shape)
+    return pages.transpose(2, 3).reshape(keys.shape)
 
 
 def _triton_for(q: torch.Tensor) -> bool:
@@ -72,7 +70,7 @@ def attend(
     """Causal attention of the newest queries of some sequences over all their keys -> [n, heads * head_dim].
 
     q [n, heads, head_dim], of any row stride: the lengths[i] tokens of span i from position starts[i] on, spans laid
-    end to end; keys, values [kv_heads, slots, head_dim], the tokens' own included, `laid_out` where it is
+    end to end; keys, values [kv_heads, slots, head_dim], the tokens' own included, keys `laid_out` where it is
     `compiled_for` such queries; tables [spans, pages] the pages of PAGE_SIZE slots in which each span's sequence lies;
     of_query [heads] the KV head that a head reads, rising. These four are int32; tables, starts and lengths lie where
     the queries do, of_query on the CPU. With a window a query sees that many keys, itself the last.

@@ -101,7 +101,7 @@ def rope_write(
     """Rotate q in place; write k, rotated, and v to their slots [n] (int64) of the cache.
 
     q [n, heads, head_dim]; k, v [n, kv_heads, head_dim]; all of any row stride, such as columns of one fused product.
-    cos, sin float32 [n, head_dim / 2] (half-rotated order); keys, values [kv_heads, n_slots, head_dim],
+    cos, sin float32 [n, head_dim / 2] (half-rotated order); keys, values [kv_heads, n_slots, head_dim], keys
     `attention.laid_out` where attention is `attention.compiled_for` q. All ways give the same bits. Of a slot that is
     not in the cache: IndexError on a CPU; Triton passes it over.
     """

@@ -123,7 +123,7 @@ def lay(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device) -> Lai
 class KVCache:
     """`n_pages` pages of keys and values for this rank's KV heads, a tensor a layer.
 
-    Where attention is C++'s they lie in its order (`laid_out` in kernels/attention.py), and nothing else reads them.
+    Where attention is C++'s keys lie in its order (`laid_out` in kernels/attention.py), and nothing else reads them.
     """
 
     def __init__(

@@ -20,7 +20,8 @@ template <class T>
 struct Job {
     const T *q;  // [n, heads, dim], rows q_stride apart
     long q_stride;
-    const T *keys, *values;  // [pages][kv_heads] of panels of sixteen keys, and of rows [16][dim]
+    const T *keys, *values;  // [kv_heads][slots / 16] of panels of sixteen keys, and of rows [16][dim]
+    long slots;
     const int *tables;  // [spans, max_pages]
     int max_pages;
     const int *starts, *lengths;
@@ -57,7 +58,7 @@ struct Rows {
     int begin(int row) const { return job.window ? std::max(0, end(row) - job.window) : 0; }
     long place(int position) const {  // in keys and values, of the page that holds a position
         const long page = job.tables[long(tile.span) * job.max_pages + position / PAGE];
-        return (page * job.kv_heads + tile.kv_head) * PAGE * job.dim;
+        return (tile.kv_head * job.slots + page * PAGE) * job.dim;
     }
     // The same of page `p` of what is read after the block at `base`: the next block, or the first of the next tile.
     long next_place(int base, int p, int stop) const {
@@ -345,12 +346,12 @@ int team::bad_span(long slots, const int *tables, int max_pages, const int *star
     return 0;
 }
 
-void team::attend(int is_bf16, const void *q, long q_stride, const void *keys, const void *values, const int *tables,
-                  int max_pages, const int *starts, const int *lengths, int spans, const int *of_query, int heads,
-                  int kv_heads, int dim, int window, void *out, int threads) {
+void team::attend(int is_bf16, const void *q, long q_stride, const void *keys, const void *values, long slots,
+                  const int *tables, int max_pages, const int *starts, const int *lengths, int spans, const int *of_query,
+                  int heads, int kv_heads, int dim, int window, void *out, int threads) {
     auto run = [&](auto type) {
         using T = decltype(type);
-        Job<T> job{(const T *)q, q_stride, (const T *)keys, (const T *)values, tables, max_pages, starts,
+        Job<T> job{(const T *)q, q_stride, (const T *)keys, (const T *)values, slots,  tables,  max_pages, starts,
                    lengths,      heads,    kv_heads,        dim,               window, (T *)out};
         ::attend(job, spans, of_query, threads);
     };
@@ -364,7 +365,7 @@ extern "C" int llama_dist_attend(int is_bf16, const void *q, long q_stride, cons
                                  int threads) {
     if (int bad = team::bad_span(slots, tables, max_pages, starts, lengths, spans)) return bad;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    team::attend(is_bf16, q, q_stride, keys, values, tables, max_pages, starts, lengths, spans, of_query, heads, kv_heads, dim,
-                 window, out, threads);
+    team::attend(is_bf16, q, q_stride, keys, values, slots, tables, max_pages, starts, lengths, spans, of_query, heads,
+                 kv_heads, dim, window, out, threads);
     return 0;
 }

@@ -45,11 +45,11 @@ void run_one(const Op &op, const Step &step, int threads, int &fault) {
                             step.n, v[8], v[9], threads);
             break;
         case Op::ROPE:
-            team::rope_write(bf16s, p(0), v[1], p(2), v[3], p(4), v[5], step.cos, step.sin, step.angles, p(6), p(7), step.slots,
-                             step.n, v[8], v[9], v[10]);
+            team::rope_write(bf16s, p(0), v[1], p(2), v[3], p(4), v[5], step.cos, step.sin, step.angles, p(6), p(7),
+                             step.n_slots, step.slots, step.n, v[8], v[9], v[10]);
             break;
         case Op::ATTEND:
-            team::attend(bf16s, p(0), v[1], p(2), p(3), step.tables, int(step.max_pages), step.starts, step.lengths,
+            team::attend(bf16s, p(0), v[1], p(2), p(3), step.n_slots, step.tables, int(step.max_pages), step.starts, step.lengths,
                          int(step.spans), static_cast<const int *>(p(4)), int(v[5]), int(v[6]), int(v[7]), int(v[8]), p(9),
                          threads);
             break;

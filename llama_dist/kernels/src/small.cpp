@@ -94,7 +94,7 @@ void team::rms_norm(int is_bf16, const void *x, long x_stride, const void *y, lo
 }
 
 void team::rope_write(int is_bf16, void *q, long q_stride, const void *k, long k_stride, const void *v, long v_stride,
-                      const float *cos, const float *sin, const int64_t *angles, void *keys, void *values,
+                      const float *cos, const float *sin, const int64_t *angles, void *keys, void *values, long n_slots,
                       const int64_t *slots, long n, long heads, long kv_heads, long dim) {
     typed(is_bf16, [=](auto type) {
         using T = decltype(type);
@@ -105,7 +105,7 @@ void team::rope_write(int is_bf16, void *q, long q_stride, const void *k, long k
             T *query = (T *)q + i * q_stride;
             for (long h = 0; h < heads; h++) rotate(query + h * dim, c, s, query + h * dim, dim / 2);
             for (long h = 0; h < kv_heads; h++) {
-                const long in_page = slots[i] % WIDTH, page = (slots[i] / WIDTH * kv_heads + h) * WIDTH * dim;
+                const long in_page = slots[i] % WIDTH, page = (h * n_slots + slots[i] - in_page) * dim;
                 T key[MAX_DIM];
                 rotate((const T *)k + i * k_stride + h * dim, c, s, key, dim / 2);
                 for (long j = 0; j < dim; j++) ((T *)keys)[page + in_panel<T>(in_page, j)] = key[j];
@@ -138,7 +138,7 @@ extern "C" int llama_dist_rms_norm(int is_bf16, const void *x, long x_stride, co
 }
 
 // q [n, heads, dim] is rotated in place; k [n, kv_heads, dim] rotated and v as it is go to slots[i] of the cache
-// [n_slots / 16][kv_heads] of pages, in which sixteen keys are a panel (pairs.h) and values rows. dim is even, 256 at most.
+// [kv_heads][n_slots / 16] of pages, in which sixteen keys are a panel (pairs.h) and values rows. dim is even, 256 at most.
 // Returns 0, or 1 + the first token whose slot is not in the cache: then nothing is done.
 extern "C" int llama_dist_rope_write(int is_bf16, void *q, long q_stride, const void *k, long k_stride, const void *v,
                                      long v_stride, const float *cos, const float *sin, void *keys, void *values,
@@ -148,8 +148,8 @@ extern "C" int llama_dist_rope_write(int is_bf16, void *q, long q_stride, const 
         if (slots[i] < 0 || slots[i] >= n_slots) return int(i) + 1;
     threads = worth(n * (heads + 2 * kv_heads) * dim, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    team::rope_write(is_bf16, q, q_stride, k, k_stride, v, v_stride, cos, sin, nullptr, keys, values, slots, n, heads, kv_heads,
-                     dim);
+    team::rope_write(is_bf16, q, q_stride, k, k_stride, v, v_stride, cos, sin, nullptr, keys, values, n_slots, slots, n, heads,
+                     kv_heads, dim);
     return 0;
 }
 

@@ -33,8 +33,8 @@ void rms_norm(int is_bf16, const void *x, long x_stride, const void *y, long y_s
 
 // A token's angles are row angles[i] of cos and sin, or without `angles` row i.
 void rope_write(int is_bf16, void *q, long q_stride, const void *k, long k_stride, const void *v, long v_stride,
-                const float *cos, const float *sin, const int64_t *angles, void *keys, void *values, const int64_t *slots,
-                long n, long heads, long kv_heads, long dim);
+                const float *cos, const float *sin, const int64_t *angles, void *keys, void *values, long n_slots,
+                const int64_t *slots, long n, long heads, long kv_heads, long dim);
 
 // Rows ids [m], less `first`, of a table of `rows` rows of n numbers -> to [m, n]; what the table does not have is zeros. It
 // lies in panels of `stride` numbers, or in rows that are `stride` apart. `plus`: a -0 becomes 0, as in a sum.
@@ -49,7 +49,7 @@ void silu_mul(int is_bf16, const void *a, long a_stride, const void *b, long b_s
 // 0, or 1 + the first span whose pages are missing or lie outside the cache.
 int bad_span(long slots, const int *tables, int max_pages, const int *starts, const int *lengths, int spans);
 
-void attend(int is_bf16, const void *q, long q_stride, const void *keys, const void *values, const int *tables,
+void attend(int is_bf16, const void *q, long q_stride, const void *keys, const void *values, long slots, const int *tables,
             int max_pages, const int *starts, const int *lengths, int spans, const int *of_query, int heads, int kv_heads,
             int dim, int window, void *out, int threads);
 
