@@ -153,7 +153,9 @@ def test_a_job_stopped_in_every_way_is_requeued_and_ends_whole(
             urgent = slurm.call(*words, "--wrap=sleep 1", cwd=tmp_path).strip()
         until(lambda turn=turn: int(slurm.show(number)["Restarts"]) == turn, job.log, SOON)  # type: ignore[misc]
         stopped = job.status()
-        assert stopped["state"] == ("running" if way == "requeue" else "preempted"), (way, job.log())
+        # Slurm counts its own restart at once, while the ranks may be at their last lines.
+        ended = ("running", "preempted") if way == "requeue" else ("preempted",)
+        assert stopped["state"] in ended, (way, job.log())
         done = stopped["done"]
     job.end(number, "COMPLETED", within=360)
     assert slurm.state(urgent) == "COMPLETED"
