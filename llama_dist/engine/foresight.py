@@ -18,8 +18,10 @@ from llama_dist.kernels.told import sent
 
 @dataclass(frozen=True)
 class Foreseen:
-    """The pass of `works`, one token each, taken to be `tokens`; it left `hidden` [len(works), dim], and its logits in
-    the model."""
+    """The pass of `works`, one token each, taken to be `tokens`; it left `hidden` [len(works), dim].
+
+    The model has its logits at hand until the next pass.
+    """
 
     works: Sequence[Work]
     tokens: Sequence[int]

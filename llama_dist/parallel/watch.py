@@ -205,10 +205,7 @@ class Watch:
                 self._on_beat(self._board)
 
     def _on_signal(self, number: int) -> None:
-        # torchrun sends SIGTERM to all when one rank ends with another code than 0: look for that one before blaming
-        # the signal. Ranks leave together, so one that has left in order leaves nothing for this one to be told.
-        if number == signal.SIGTERM and self._all_leave():
-            return
+        # torchrun sends SIGTERM to all when one rank dies: look for that one before blaming the signal.
         for fd, _ in self._poll.poll(0):
             if fd != self._wake_read:
                 self._poll.unregister(fd)
@@ -217,6 +214,9 @@ class Watch:
             self.finish(str(self.lost), PeerLost.exit_code)
         if self._parent is not None and os.getppid() != self._parent:
             self.finish("the launcher died", 1)
+        # It does so too when the first rank leaves in order with another code than 0; they all leave together.
+        if number == signal.SIGTERM and self._all_leave():
+            return
         if self._drains and number in (signal.SIGTERM, signal.SIGUSR1):
             if not self.draining.is_set():
                 self._drain()
