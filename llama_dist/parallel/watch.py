@@ -205,18 +205,19 @@ class Watch:
                 self._on_beat(self._board)
 
     def _on_signal(self, number: int) -> None:
-        # torchrun sends SIGTERM to all when one rank dies: look for that one before blaming the signal.
+        orphaned = self._parent is not None and os.getppid() != self._parent
+        # torchrun sends SIGTERM to all when the first rank leaves with another code than 0; they all leave together.
+        if number == signal.SIGTERM and not orphaned and self._all_leave():
+            return
+        # It does so too when one rank dies: look for that one before blaming the signal.
         for fd, _ in self._poll.poll(0):
             if fd != self._wake_read:
                 self._poll.unregister(fd)
                 self._on_death(self._pidfds[fd])
         if self.lost is not None:
             self.finish(str(self.lost), PeerLost.exit_code)
-        if self._parent is not None and os.getppid() != self._parent:
+        if orphaned:
             self.finish("the launcher died", 1)
-        # It does so too when the first rank leaves in order with another code than 0; they all leave together.
-        if number == signal.SIGTERM and self._all_leave():
-            return
         if self._drains and number in (signal.SIGTERM, signal.SIGUSR1):
             if not self.draining.is_set():
                 self._drain()
