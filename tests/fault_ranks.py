@@ -94,6 +94,7 @@ def plant(fault: Fault, mark: Path) -> None:
     def late_detach(self: Watch) -> None:
         board = self._board
         assert board is not None
+        time.sleep(0.5)  # the others are through with leaving: the store must still be there
         while not any(board.has_left(other.rank) for other in self._cards if other.rank != fault.rank):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -48,6 +48,9 @@ class Board(Asker):
     def anyone_left(self, ranks: Sequence[int]) -> bool:
         return self.ask(lambda store: any(store.check([f"left/{rank}"]) for rank in ranks), False)
 
+    def all_left(self, ranks: Sequence[int]) -> bool:
+        return self.ask(lambda store: bool(store.check([f"left/{rank}" for rank in ranks])), False)
+
     def post(self, message: str) -> bool | None:
         """Put up this rank's error. True: it is the job's first. None: the store is gone."""
         mine = json.dumps({"rank": self._rank, "message": message})

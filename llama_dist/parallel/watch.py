@@ -37,7 +37,7 @@ SILENT = 2.5  # seconds without one after which a rank counts as stuck, once a c
 LOST_HOST = 30.0  # the least of it for ranks of other hosts while nothing has failed yet; else the timeout
 GRACE = 2.0  # seconds the main thread has to notice a lost peer by itself and say so
 PR_SET_PDEATHSIG = 1
-KEEP_STORE = 2.5  # seconds for which a failed rank that keeps the store lets the others read why
+KEEP_STORE = 2.5  # seconds for which a rank that keeps the store lets the others read why it ends
 EX_TEMPFAIL = 75  # sysexits.h: run me again
 
 
@@ -179,12 +179,19 @@ class Watch:
         sys.excepthook = hook
 
     def detach(self) -> None:
-        """This rank leaves in order: the others must not take its end for a death."""
+        """This rank leaves in order: the others must not take its end for a death.
+
+        The rank that keeps the store goes last, or after KEEP_STORE seconds: a slower one still has to read who left.
+        """
         self._leaving = True
         if self._drains and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Python's own end would take the handler away: a death
         if self._board is not None:
             self._board.leave()
+            deadline = time.monotonic() + KEEP_STORE
+            everyone = [card.rank for card in self._cards]
+            while self._keeps_store and not self._board.all_left(everyone) and time.monotonic() < deadline:
+                time.sleep(0.01)
             self._board = None
 
     # ---- the side thread
