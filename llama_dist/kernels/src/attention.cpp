@@ -15,6 +15,7 @@ namespace {
 constexpr int SEGMENT = 512;  // keys, after which partial results are merged: threads may share a long sequence
 constexpr int ROWS = 48;      // of a tile: they share each block's keys and values, which are widened once
 constexpr int FEW = 12;       // rows of one token; more of them share what is widened
+constexpr int AHEAD = BLOCK / PAGE;  // pages that are called into the cache before they are read
 
 template <class T>
 struct Job {
@@ -60,11 +61,12 @@ struct Rows {
         const long page = job.tables[long(tile.span) * job.max_pages + position / PAGE];
         return (tile.kv_head * job.slots + page * PAGE) * job.dim;
     }
-    // The same of page `p` of what is read after the block at `base`: the next block, or the first of the next tile.
-    long next_place(int base, int p, int stop) const {
-        if (base + BLOCK < stop || !after) return place(std::min(base + BLOCK + p * PAGE, stop - 1));
+    // The same of page `p` of what this thread is likely to read after the keys up to `stop`.
+    long next_place(int stop, int p) const {
+        if (!after) return place(stop - 1);
+        if (stop < end(0)) return place(std::min(stop + p * PAGE, end(0) - 1));
         const Rows next(job, *after);
-        return next.place(std::min(next.begin(0) / BLOCK * BLOCK + p * PAGE, next.end(0) - 1));
+        return next.place(std::min(next.begin(0) + p * PAGE, next.end(0) - 1));
     }
     int first_segment() const { return begin(0) / SEGMENT; }
     int end_segment() const { return (end(tile.rows - 1) - 1) / SEGMENT + 1; }
@@ -121,31 +123,43 @@ struct Seen {
     }
 };
 
-// One token's few rows over a block, read as it lies in the cache.
+// One token's few rows over keys start ... stop - 1 of a segment, read as they lie in the cache: first all keys, then all
+// values, page by page, so that memory is read in one stream.
 template <class T>
-void attend_few(const Rows<T> &rows, const float *q, int base, int stop, const Seen &seen, float *scores, float *state) {
+void attend_few(const Rows<T> &rows, const float *q, int start, int stop, Seen &seen, float *state) {
     const Job<T> &job = rows.job;
-    const int chunks = job.chunks(), first = seen.from[0], end = seen.to[0], page = first / PAGE;
-    const int pages = (end - 1) / PAGE + 1 - page;
+    const int chunks = job.chunks(), n = rows.tile.rows, origin = start / BLOCK * BLOCK;
+    const int first = (start - origin) / PAGE, pages = (stop - origin - 1) / PAGE + 1;
     const long stride = job.stride(), width = chunks * WIDTH;
-    const T *keys[BLOCK / PAGE], *next[BLOCK / PAGE];
-    long at[BLOCK / PAGE];
-    for (int p = 0; p < pages; p++) {
-        at[p] = rows.place(base + (page + p) * PAGE);
-        keys[p] = job.keys + at[p];
-        next[p] = job.keys + rows.next_place(base, p, stop);
+    const T *keys[SEGMENT / PAGE + AHEAD], *values[SEGMENT / PAGE + AHEAD];
+    for (int p = first; p < pages; p++) {
+        const long at = rows.place(origin + p * PAGE);
+        keys[p] = job.keys + at, values[p] = job.values + at;
     }
-    by_groups(rows.tile.rows, [&](auto with, int r) {
-        constexpr int M = decltype(with)::value;
-        float *score = scores + r * BLOCK, *row = state + r * stride;
-        score_pages<M>(q + r * width, width, keys, next, pages, job.dim, score + page * PAGE, BLOCK);
-        for (int i = 0; i < M; i++) weigh(score + i * BLOCK, first, end, row + i * stride, chunks);
-        for (int p = 0; p < pages; p++) {
-            const int here = std::max(0, first - (page + p) * PAGE), n = std::min(PAGE, end - (page + p) * PAGE) - here;
-            add_values<M>(score + (page + p) * PAGE + here, BLOCK, job.values + at[p] + here * job.dim,
-                          next[p] - job.keys + job.values, n, job.dim, row, stride);
-        }
-    });
+    for (int p = 0; p < AHEAD; p++) {
+        keys[pages + p] = values[std::min(first + p, pages - 1)];
+        values[pages + p] = job.keys + rows.next_place(stop, p);
+    }
+    alignas(64) float scores[FEW * SEGMENT];
+    for (int p = first; p < pages; p += AHEAD)
+        by_groups(n, [&](auto with, int r) {
+            score_pages<decltype(with)::value>(q + r * width, width, keys + p, keys + p + AHEAD, std::min(AHEAD, pages - p),
+                                               job.dim, scores + r * SEGMENT + p * PAGE, SEGMENT);
+        });
+    for (int base = origin; base < stop; base += BLOCK) {
+        seen.block(base, n);
+        const int from = seen.from[0], to = seen.to[0];
+        by_groups(n, [&](auto with, int r) {
+            constexpr int M = decltype(with)::value;
+            float *score = scores + r * SEGMENT + base - origin, *row = state + r * stride;
+            for (int i = 0; i < M; i++) weigh(score + i * SEGMENT, from, to, row + i * stride, chunks);
+            for (int at = from; at < to; at = at / PAGE * PAGE + PAGE) {
+                const int p = (base - origin + at) / PAGE, many = std::min(PAGE - at % PAGE, to - at);
+                add_values<M>(score + at, SEGMENT, values[p] + at % PAGE * job.dim, values[p + AHEAD], many, job.dim, row,
+                              stride);
+            }
+        });
+    }
 }
 
 // Any rows over a block that is widened for them.
@@ -196,16 +210,14 @@ void attend_segment(const Rows<T> &rows, const float *q, int segment, float *sta
         std::fill(row, row + (chunks + 1) * WIDTH, 0.0f);
         most_of(row, chunks) = -INFINITY;
     }
-    alignas(64) float scores[ROWS * BLOCK];
     Seen seen(rows);
     const bool few = n <= FEW && rows.token(0) == rows.token(n - 1) && job.dim % WIDTH == 0;
     const int stop = std::min(seen.ends[n - 1], (segment + 1) * SEGMENT);
+    if (few) return attend_few(rows, q, std::max(segment * SEGMENT, seen.begins[0]), stop, seen, state);
+    alignas(64) float scores[ROWS * BLOCK];
     for (int base = std::max(segment * SEGMENT, seen.begins[0] / BLOCK * BLOCK); base < stop; base += BLOCK) {
         seen.block(base, n);
-        if (few)
-            attend_few(rows, q, base, stop, seen, scores, state);
-        else
-            attend_many(rows, q, base, stop, seen, scores, state);
+        attend_many(rows, q, base, stop, seen, scores, state);
     }
 }
 

@@ -14,6 +14,15 @@ constexpr int BLOCK = 64;  // keys whose scores are weighed at once
 constexpr int MAX_DIM = 256;
 constexpr int GROUP = 6;  // rows whose sums are in registers
 
+// The same pointer, though the compiler does not know: what is read through it takes no register for longer than it is used.
+template <class T>
+INLINE const T *anew(const T *p) {
+#if LANES != 2
+    asm volatile("" : "+r"(p));
+#endif
+    return p;
+}
+
 // call(M, row) for groups of M rows, as even as can be.
 template <class Call>
 INLINE void by_groups(int rows, Call call) {
@@ -32,11 +41,10 @@ INLINE void by_groups(int rows, Call call) {
     }
 }
 
-// How many panels go with M rows: enough sums that none waits for its last product, and room for them in registers.
-constexpr int panels_for(int m) {
-    const int most = (LANES == 2 ? 12 : 6) / m;
-    return most >= 4 ? 4 : most >= 2 ? 2 : 1;
-}
+// How many panels, or chunks, go with M rows: enough sums that none waits for its last product, and room for them in registers.
+constexpr int how_many(int m, int sums) { return sums / m >= 4 ? 4 : sums / m >= 2 ? 2 : 1; }
+constexpr int PANELS = LANES == 2 ? 12 : 4;  // sums of M rows and panels; what is taken of each needs registers too
+constexpr int CHUNKS = LANES == 2 ? 12 : 6;
 
 // sums [M][P][16] += x [M][k] times P panels of floats [k][16], `panel` apart; from nothing where they are FRESH.
 template <int M, int P, bool FRESH>
@@ -66,7 +74,7 @@ INLINE void multiply(const float *x, long ldx, const float *w, long panel, int k
 // The same for n panels.
 template <int M, bool FRESH>
 INLINE void multiply_all(const float *x, long ldx, const float *w, long panel, int n, int k, float *sums, long stride) {
-    constexpr int P = panels_for(M);
+    constexpr int P = how_many(M, PANELS);
     int p = 0;
     for (; p + P <= n; p += P) multiply<M, P, FRESH>(x, ldx, w + p * panel, panel, k, sums + p * WIDTH, stride);
     for (; p < n; p++) multiply<M, 1, FRESH>(x, ldx, w + p * panel, panel, k, sums + p * WIDTH, stride);
@@ -84,7 +92,7 @@ INLINE void call_in(const T *p, long numbers) {
     for (long byte = 0; byte < numbers * long(sizeof(T)); byte += 64) __builtin_prefetch((const char *)p + byte);
 }
 
-// scores [M][P][16] of q [M][dim] and the keys of P pages; as many of `next` are called into the cache.
+// scores [M][P][16] of q [M][dim] and the keys of P pages; as many of `next` are called into the cache, one after another.
 template <int M, int P, class T>
 INLINE void score(const float *q, long ldq, const T *const *keys, const T *const *next, int dim, float *scores, long stride) {
     Lanes s[M][P];
@@ -92,19 +100,20 @@ INLINE void score(const float *q, long ldq, const T *const *keys, const T *const
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) s[i][p] = all(0.0f);
-    for (int at = 0; at < dim; at += 2) {
-        Lanes pairs[P][2];
+    for (int part = 0, at = 0; part < P; part++) {
+        const T *ahead = next[part];
+        for (; at < dim * (part + 1) / P; at += 2)
 #pragma GCC unroll 4
-        for (int p = 0; p < P; p++) {
-            take(keys[p] + at * WIDTH, pairs[p]);
-            __builtin_prefetch(next[p] + at * WIDTH);
-        }
+            for (int p = 0; p < P; p++) {
+                for (int i = 0; i < 2 * WIDTH; i += 64 / sizeof(T)) __builtin_prefetch(ahead + i);
+                ahead += 2 * WIDTH;
 #pragma GCC unroll 2
-        for (int j = 0; j < 2; j++)
+                for (int j = 0; j < 2; j++) {
+                    const Lanes numbers = take_one(anew(keys[p]) + at * WIDTH, j);
 #pragma GCC unroll 8
-            for (int i = 0; i < M; i++)
-#pragma GCC unroll 4
-                for (int p = 0; p < P; p++) s[i][p] = fma(all(q[i * ldq + at + j]), pairs[p][j], s[i][p]);
+                    for (int i = 0; i < M; i++) s[i][p] = fma(all(q[i * ldq + at + j]), numbers, s[i][p]);
+                }
+            }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++)
@@ -115,32 +124,29 @@ INLINE void score(const float *q, long ldq, const T *const *keys, const T *const
 template <int M, class T>
 INLINE void score_pages(const float *q, long ldq, const T *const *keys, const T *const *next, int n, int dim, float *scores,
                         long stride) {
-    constexpr int P = panels_for(M);
+    constexpr int P = how_many(M, PANELS);
     int p = 0;
     for (; p + P <= n; p += P) score<M, P>(q, ldq, keys + p, next + p, dim, scores + p * WIDTH, stride);
     for (; p < n; p++) score<M, 1>(q, ldq, keys + p, next + p, dim, scores + p * WIDTH, stride);
 }
 
-// sums [M][C * 16] += weights [M][n] times C chunks of values [n][dim]
+// sums [M][C * 16] += weights [M][n] times C chunks of values [n][dim]; as many numbers from `next` on are called in.
 template <int M, int C, class T>
 INLINE void add_chunks(const float *weights, long ldw, const T *values, const T *next, int n, int dim, float *sums, long stride) {
+    constexpr int A_LINE = sizeof(T) == 2 ? 2 : 1;  // chunks of it
     Lanes s[M][C];
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) s[i][c] = load(sums + i * stride + c * WIDTH);
-    for (int j = 0; j < n; j++, values += dim, next += dim) {
-        Lanes numbers[C];
+    for (int j = 0; j < n; j++, values += dim) {
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) {
-            numbers[c] = load(values + c * WIDTH);
-            __builtin_prefetch(next + c * WIDTH);
-        }
+            const Lanes numbers = load(values + c * WIDTH);
+            if (c % A_LINE == 0) __builtin_prefetch(next), next += std::min(C, A_LINE) * WIDTH;
+            const float *w = anew(weights) + j;
 #pragma GCC unroll 8
-        for (int i = 0; i < M; i++) {
-            const Lanes one = all(weights[i * ldw + j]);
-#pragma GCC unroll 4
-            for (int c = 0; c < C; c++) s[i][c] = fma(one, numbers[c], s[i][c]);
+            for (int i = 0; i < M; i++) s[i][c] = fma(all(w[i * ldw]), numbers, s[i][c]);
         }
     }
 #pragma GCC unroll 8
@@ -152,11 +158,11 @@ INLINE void add_chunks(const float *weights, long ldw, const T *values, const T 
 template <int M, class T>
 INLINE void add_values(const float *weights, long ldw, const T *values, const T *next, int n, int dim, float *sums,
                        long stride) {
-    constexpr int C = panels_for(M);
+    constexpr int C = how_many(M, CHUNKS);
     int c = 0;
     for (; c + C * WIDTH <= dim; c += C * WIDTH)
-        add_chunks<M, C>(weights, ldw, values + c, next + c, n, dim, sums + c, stride);
-    for (; c < dim; c += WIDTH) add_chunks<M, 1>(weights, ldw, values + c, next + c, n, dim, sums + c, stride);
+        add_chunks<M, C>(weights, ldw, values + c, next + c * PAGE, n, dim, sums + c, stride);
+    for (; c < dim; c += WIDTH) add_chunks<M, 1>(weights, ldw, values + c, next + c * PAGE, n, dim, sums + c, stride);
 }
 
 }  // namespace

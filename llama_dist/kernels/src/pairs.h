@@ -69,6 +69,14 @@ INLINE void take(const e4m3 *p, Lanes *to) {
 }
 #endif
 
+// Number j of those that lie together, of each row.
+template <class T>
+INLINE Lanes take_one(const T *p, int j) {
+    Lanes numbers[AT_ONCE<T>];
+    take(p, numbers);
+    return numbers[j];
+}
+
 // k numbers (whole loads of them) of a panel as floats [k][16]
 template <class T>
 INLINE void widen_panel(const T *w, long k, float *to) {
