@@ -128,6 +128,7 @@ INLINE void direct(const T *w, int64_t panel, const float *x, int64_t ldx, int64
 template <int M> INLINE void widened(const float *w, const float *x, int64_t ldx, int64_t k, Ahead ahead, Lanes *sums) {
     Lanes s[M];
     for (int i = 0; i < M; i++) s[i] = all(0.0f);
+#pragma GCC unroll 4
     for (int64_t at = 0; at < k; at++, x++, w += WIDTH) {
         const Lanes numbers = load(w);
         __builtin_prefetch(ahead.at);
