@@ -37,7 +37,8 @@ SILENT = 2.5  # seconds without one after which a rank counts as stuck, once a c
 LOST_HOST = 30.0  # the least of it for ranks of other hosts while nothing has failed yet; else the timeout
 GRACE = 2.0  # seconds the main thread has to notice a lost peer by itself and say so
 PR_SET_PDEATHSIG = 1
-KEEP_STORE = 2.5  # seconds for which a rank that keeps the store lets the others read why it ends
+KEEP_STORE = 2.5  # seconds for which a failed rank that keeps the store lets the others read why
+LEAVE = 10.0  # seconds for which it waits for the others where all leave in order
 EX_TEMPFAIL = 75  # sysexits.h: run me again
 
 
@@ -181,14 +182,14 @@ class Watch:
     def detach(self) -> None:
         """This rank leaves in order: the others must not take its end for a death.
 
-        The rank that keeps the store goes last, or after KEEP_STORE seconds: a slower one still has to read who left.
+        The rank that keeps the store goes last, or after LEAVE seconds: a slower one still has to read who left.
         """
         self._leaving = True
         if self._drains and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Python's own end would take the handler away: a death
         if self._board is not None:
             self._board.leave()
-            deadline = time.monotonic() + KEEP_STORE
+            deadline = time.monotonic() + LEAVE
             everyone = [card.rank for card in self._cards]
             while self._keeps_store and not self._board.all_left(everyone) and time.monotonic() < deadline:
                 time.sleep(0.01)
