@@ -1,4 +1,4 @@
-"""A program by itself: rows looked up, what is left out before the head, and calls that are refused."""
+"""A program by itself: rows looked up, threads that wait, a head that is left out, and calls that are refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from llama_dist.kernels.program import Call, Program
 from llama_dist.quant.pack import pack
 from llama_dist.quant.packed import EXACT, Packed, empty
-from tests.kernel_cases import DTYPES, need_kernels, same_bits
+from tests.kernel_cases import DTYPES, need_kernels, same_bits, threads
 
 VOCAB, WIDTH = 37, 22
 
@@ -93,6 +93,36 @@ def test_the_likeliest_are_found(dtype: torch.dtype) -> None:
     asked, _held = call([1, 2, 3])
     program.run(asked)
     assert found.tolist() == [5, -1, int(x[2, : WIDTH - 1].argmax()), 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_threads", [2, 3, 7])
+def test_threads_wait_for_each_other(dtype: torch.dtype, n_threads: int) -> None:
+    """Each operation reads what others' threads have just written, also where there are more threads than cores."""
+    need_kernels()
+    wide, rows = 448, torch.Generator().manual_seed(2)
+    up = (torch.randn(2 * wide, WIDTH, generator=rows) / 4).to(dtype)
+    down = (torch.randn(WIDTH, wide, generator=rows) / 20).to(dtype)
+    program = Program(4, dtype)
+    x, gated = program.rows("x", WIDTH), program.rows("gated", wide)
+    both, y = program.rows("both", 2 * wide), program.rows("y", WIDTH)
+    program.embed(laid(table(dtype)), 0, VOCAB, False, x)
+    for _ in range(40):
+        program.norm(x, torch.ones(WIDTH, dtype=dtype), 1e-5, y)
+        program.linear(y, laid(up), None, both)
+        program.gate(both[:, :wide], both[:, wide:], gated)
+        program.linear(gated, laid(down), None, y)
+        program.add(x, y, x)
+    asked, _held = call([3, 4, 5])
+    with threads(1):
+        program.run(asked)
+    alone = x[:3].clone()
+    assert alone.isfinite().all() and alone.abs().max() > 0.1
+    for _ in range(20):
+        x.fill_(9), both.fill_(9), gated.fill_(9), y.fill_(9)
+        with threads(n_threads):
+            program.run(asked)
+        assert same_bits(x[:3], alone)
 
 
 @pytest.mark.parametrize(

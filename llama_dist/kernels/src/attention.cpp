@@ -339,7 +339,7 @@ void attend(Job<T> &job, int spans, const int *of_query, int threads) {
     }
     if (shared && threads > 1 && int(tiles.size()) < 4 * threads) return attend_shared(job, tiles);
     const int together = std::max(1, std::min(8, int(tiles.size()) / (8 * threads)));
-#pragma omp for schedule(dynamic, together)
+#pragma omp for schedule(dynamic, together) nowait
     for (int t = int(tiles.size()) - 1; t >= 0; t--)  // the long ones first
         attend_tile(Rows<T>(job, tiles[t], t ? &tiles[t - 1] : nullptr));
 }

@@ -87,11 +87,6 @@ INLINE void widen_values(const T *from, int n, int dim, float *to) {
         for (int j = 0; j < n; j++) store(to + j * WIDTH, load(from + j * long(dim) + c * WIDTH, dim - c * WIDTH));
 }
 
-template <class T>
-INLINE void call_in(const T *p, long numbers) {
-    for (long byte = 0; byte < numbers * long(sizeof(T)); byte += 64) __builtin_prefetch((const char *)p + byte);
-}
-
 // scores [M][P][16] of q [M][dim] and the keys of P pages; as many of `next` are called into the cache, one after another.
 template <int M, int P, class T>
 INLINE void score(const float *q, long ldq, const T *const *keys, const T *const *next, int dim, float *scores, long stride) {

@@ -52,7 +52,7 @@ template <class D> void run(const Job &job, int threads) {
     int64_t parts = m_blocks >= 4 * threads ? 1 : threads * (m_blocks > 1 ? 4 : 1);
     int64_t width = std::max<int64_t>(16, ((job.n + parts - 1) / parts + 15) & ~int64_t(15));
     int64_t n_blocks = (job.n + width - 1) / width;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t t = 0; t < m_blocks * n_blocks; t++) {
         int64_t m = t % m_blocks * rows, n = t / m_blocks * width;
         block<D>(job, m, std::min(m + rows, job.m), n, std::min(n + width, job.n));

@@ -20,7 +20,7 @@ constexpr int TILE = 6;           // rows of x whose sums are in registers
 constexpr int FEW_TILE = 4;       // the same where the weights that are taken apart need registers too
 template <class W>
 constexpr int64_t FEW = sizeof(W) == 1 ? 8 : 12;  // rows; for more of them a panel is widened first
-constexpr int AHEAD = 256;        // bytes of weights called into the cache before they are read
+constexpr int AHEAD = 384;        // bytes of weights called into the first cache before they are read
 constexpr int MOST_ROOTS = 64;
 
 // What one call computes, the same for all its threads.
@@ -112,7 +112,7 @@ INLINE void direct(const T *w, int64_t panel, const float *x, int64_t ldx, int64
         for (int p = 0; p < P; p++) {
             Lanes numbers[N];
             take(w + p * panel, numbers);
-            __builtin_prefetch(ahead.at + p * panel * int64_t(sizeof(T)));
+            __builtin_prefetch(ahead.at + p * panel * int64_t(sizeof(T)), 0, 0);  // read once: other caches are left alone
 #pragma GCC unroll 4
             for (int j = 0; j < N; j++)
 #pragma GCC unroll 6
@@ -233,7 +233,7 @@ template <class W> void run(const Job &job, int threads) {
     const int64_t panels = (job.n + WIDTH - 1) / WIDTH, blocks = (job.m + M_BLOCK - 1) / M_BLOCK, all = blocks * panels;
     static thread_local Wide x;
     static thread_local Roots roots;
-#pragma omp for schedule(static, 1)
+#pragma omp for schedule(static, 1) nowait
     for (int64_t t = 0; t < threads; t++) {
         const int64_t end = all * (t + 1) / threads;
         for (int64_t at = all * t / threads, block = -1; at < end;) {

@@ -2,9 +2,12 @@
 // tensor or a new parallel region for each of its operations.
 #include "program.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <chrono>
 
+#include "meet.h"
 #include "rows.h"
 #include "shared.h"
 #include "team.h"
@@ -16,7 +19,7 @@ namespace {
 template <class T>
 void add_planes(const float *planes, long plane, const int64_t *nodes, long n_planes, T *y, long numbers) {
     constexpr long PART = 4096;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (long part = 0; part < (numbers + PART - 1) / PART; part++)
         for (long at = part * PART; at < std::min(numbers, (part + 1) * PART); at += WIDTH) {
             auto value = [&](long p) { return load(planes + p * plane + at, numbers - at); };
@@ -65,11 +68,11 @@ void run_one(const Op &op, const Step &step, int threads, int &fault) {
                            static_cast<float *>(p(4)), step.n * v[5]);
             break;
         case Op::SHARED_SUM:
-#pragma omp single
+#pragma omp single nowait
             if (!fault) fault = llama_dist_shared_sum(p(0), int(v[1]), bf16s, p(2), step.n * v[3]);
             break;
         case Op::SHARED_PLANES:
-#pragma omp single
+#pragma omp single nowait
             if (!fault)
                 fault = llama_dist_shared_planes(p(0), int(v[1]), static_cast<const float *>(p(2)), v[3],
                                                  static_cast<const int64_t *>(p(4)), static_cast<const int64_t *>(p(5)), bf16s,
@@ -97,10 +100,12 @@ extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step
     if (int bad = team::bad_span(step->n_slots, step->tables, int(step->max_pages), step->starts, step->lengths, int(step->spans)))
         return bad;
     int fault = 0;
+    Meeting meeting;
     auto since = std::chrono::steady_clock::now();
 #pragma omp parallel num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < n_ops; i++) {
         run_one(ops[i], *step, threads, fault);
+        meet(meeting, omp_get_num_threads());
         if (!step->seconds) continue;
 #pragma omp master
         {

@@ -14,7 +14,10 @@
 namespace {
 
 constexpr int64_t M_BLOCK = 64;     // rows of x that stay in the second cache while weights pass by
-constexpr int AHEAD = 2048;         // bytes of weights called into the cache before they are read
+// Bytes of weights called into the cache before M rows are multiplied by them, and in which: a single row's are read once, of
+// several rows the next ones find them in the second.
+template <int BITS, int M> constexpr int AHEAD = BITS == 8 && M == 1 ? 1024 : 2048;
+template <int M> constexpr int KEEP = M == 1 ? 0 : 3;
 constexpr float SMALLEST = 1e-30f;  // a group of x whose largest number is below counts as zero
 constexpr int TILE_M = 4, TILE_N = WHOLES == 2 ? 2 : 1;  // rows, and blocks of W, whose sums are in registers together
 
@@ -112,7 +115,7 @@ void tile(const Job &job, const Rows &rows, int64_t m, int64_t row, int64_t n) {
             int of_x[M];
             for (int i = 0; i < M; i++) of_x[i] = x_sums[i * groups + g];
             for (int j = 0; j < N; j++)
-                for (int at = 0; at < CODES; at += 64) __builtin_prefetch(codes[j] + AHEAD + at);
+                for (int at = 0; at < CODES; at += 64) __builtin_prefetch(codes[j] + AHEAD<BITS, M> + at, 0, KEEP<M>);
             multiply<BITS, M, N>(codes, x, of_x, sums);
             for (int j = 0; j < N; j++) {
                 const Lanes scale = lanes_of(scales[j]);
@@ -159,7 +162,7 @@ template <class T, int BITS> void run(const Job &job, int threads) {
     const int64_t width = (n_blocks + threads - 1) / threads, n_parts = (n_blocks + width - 1) / width;
     static thread_local Rows rows;
     int64_t rounded = -1;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t t = 0; t < m_blocks * n_parts; t++) {
         const int64_t m = t / n_parts * M_BLOCK, m_end = std::min(m + M_BLOCK, job.m);
         int64_t n = t % n_parts * width;

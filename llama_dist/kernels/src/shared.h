@@ -15,6 +15,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "pause.h"
+
 namespace {
 
 constexpr long LINE = 128;  // bytes that processors fetch together
@@ -37,14 +39,6 @@ struct alignas(LINE) Segment {
         return (char *)place(n_ranks) + ((round & 1) * n_ranks + rank) * capacity;
     }
 };
-
-static inline void pause_briefly() {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
 
 static inline int64_t nanoseconds() {
     timespec t;

@@ -30,7 +30,7 @@ void look_up(const T *table, int64_t stride, bool panels, int64_t row, int64_t n
 template <class T>
 void look_up_all(const T *table, int64_t stride, bool panels, int64_t first, int64_t rows, bool plus, const int64_t *ids,
                  int64_t m, int64_t n, T *to) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < m; i++) {
         const int64_t row = ids[i] - first;
         if (row >= 0 && row < rows)
@@ -49,7 +49,7 @@ void team::look_up(int is_bf16, const void *table, int64_t stride, bool panels, 
 }
 
 void team::likeliest(int is_bf16, const void *rows, int64_t stride, int64_t m, int64_t n, int64_t *found) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < m; i++)
         found[i] = is_bf16 ? first_of((const bf16 *)rows + i * stride, n) : first_of((const float *)rows + i * stride, n);
 }

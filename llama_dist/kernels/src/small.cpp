@@ -16,6 +16,7 @@ constexpr int MAX_DIM = 256;      // of a head that is cached
 // x / sqrt(mean of squares + eps), rounded to T, times weight
 template <class T>
 void norm(const T *x, const T *weight, T *out, long dim, float eps) {
+    call_in(weight, dim);  // not needed before the squares are added up
     Lanes squares[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
     for (long i = 0, lane = 0; i < dim; i += WIDTH, lane = (lane + 1) % 4) {
         Lanes a = load(x + i, dim - i);
@@ -79,7 +80,7 @@ void team::rms_norm(int is_bf16, const void *x, long x_stride, const void *y, lo
                     void *out, long out_stride, long n, long groups, long dim, float eps) {
     typed(is_bf16, [=](auto type) {
         using T = decltype(type);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (long i = 0; i < n * groups; i++) {
             const long token = i / groups, at = i % groups * dim;
             const T *row = (const T *)x + token * x_stride + at;
@@ -98,19 +99,22 @@ void team::rope_write(int is_bf16, void *q, long q_stride, const void *k, long k
                       const int64_t *slots, long n, long heads, long kv_heads, long dim) {
     typed(is_bf16, [=](auto type) {
         using T = decltype(type);
-#pragma omp for schedule(static)
-        for (long i = 0; i < n; i++) {
-            const long at = (angles ? angles[i] : i) * (dim / 2);
+#pragma omp for schedule(static) nowait
+        for (long unit = 0; unit < n * kv_heads; unit++) {
+            const long i = unit / kv_heads, h = unit % kv_heads, at = (angles ? angles[i] : i) * (dim / 2);
             const float *c = cos + at, *s = sin + at;
+            const long in_page = slots[i] % WIDTH, page = (h * n_slots + slots[i] - in_page) * dim;
+            T *to = (T *)keys + page, *value = (T *)values + page + in_page * dim;
+            // A key is strewn over its page: its lines are asked for together, before the first is written.
+            for (long j = 0; j < dim; j += sizeof(T) == 2 ? 2 : 1) __builtin_prefetch(to + in_panel<T>(in_page, j), 1);
+            for (long j = 0; j < dim; j += 64 / long(sizeof(T))) __builtin_prefetch(value + j, 1);
             T *query = (T *)q + i * q_stride;
-            for (long h = 0; h < heads; h++) rotate(query + h * dim, c, s, query + h * dim, dim / 2);
-            for (long h = 0; h < kv_heads; h++) {
-                const long in_page = slots[i] % WIDTH, page = (h * n_slots + slots[i] - in_page) * dim;
-                T key[MAX_DIM];
-                rotate((const T *)k + i * k_stride + h * dim, c, s, key, dim / 2);
-                for (long j = 0; j < dim; j++) ((T *)keys)[page + in_panel<T>(in_page, j)] = key[j];
-                memcpy((T *)values + page + in_page * dim, (const T *)v + i * v_stride + h * dim, dim * sizeof(T));
-            }
+            for (long j = heads * h / kv_heads; j < heads * (h + 1) / kv_heads; j++)
+                rotate(query + j * dim, c, s, query + j * dim, dim / 2);
+            T key[MAX_DIM];
+            rotate((const T *)k + i * k_stride + h * dim, c, s, key, dim / 2);
+            for (long j = 0; j < dim; j++) to[in_panel<T>(in_page, j)] = key[j];
+            memcpy(value, (const T *)v + i * v_stride + h * dim, dim * sizeof(T));
         }
     });
 }
@@ -119,7 +123,7 @@ void team::silu_mul(int is_bf16, const void *a, long a_stride, const void *b, lo
     typed(is_bf16, [=](auto type) {
         using T = decltype(type);
         const long parts = (dim + GATE - 1) / GATE;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (long i = 0; i < n * parts; i++) {
             const long row = i / parts, at = i % parts * GATE;
             silu_mul_row((const T *)a + row * a_stride + at, (const T *)b + row * b_stride + at, (T *)out + row * dim + at,

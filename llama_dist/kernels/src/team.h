@@ -1,5 +1,5 @@
-// The kernels as parts of one parallel region: every thread of a team of `threads` calls them alike, and none leaves before
-// all are done. What they compute is said where they are defined.
+// The kernels as parts of one parallel region: every thread of a team of `threads` calls them alike, and may leave before the
+// others are done (meet.h). What they compute is said where they are defined.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,30 @@
+// Where the threads of a team wait for each other between two operations: for so short a time that spinning is cheapest.
+#pragma once
+
+#include <sched.h>
+
+#include <atomic>
+
+#include "pause.h"
+
+namespace {
+
+constexpr int SPINS = 1000;  // of some 30 ns; from then on others may have this core
+
+struct Meeting {
+    alignas(128) std::atomic<int> here{0};
+    alignas(128) std::atomic<unsigned> turn{0};
+};
+
+// Return when all `threads` have come; each then sees what the others wrote before.
+inline void meet(Meeting &m, int threads) {
+    const unsigned turn = m.turn.load(std::memory_order_relaxed);
+    if (m.here.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+        m.here.store(0, std::memory_order_relaxed);
+        m.turn.store(turn + 1, std::memory_order_release);
+        return;
+    }
+    for (int i = 0; m.turn.load(std::memory_order_acquire) == turn; i++) i < SPINS ? pause_briefly() : (void)sched_yield();
+}
+
+}  // namespace
