@@ -16,12 +16,9 @@ MANY = 64  # rows: of more a GPU's own product makes up for unpacking
 
 
 def panels(dtype: torch.dtype, device: torch.device) -> Scheme | None:
-    """How weights lie that are not quantised: in panels, where C++ has a product of them and torch no better one.
-
-    None: as rows. Torch's products of bfloat16 are better on processors that multiply it themselves.
-    """
+    """How weights lie that are not quantised: in panels, where C++ has a product of them; None: as rows."""
     like = torch.empty(0, dtype=dtype, device=device)
-    return EXACT[dtype] if quantized.compiled(like) and not plain.multiplies_bfloat16() else None
+    return EXACT[dtype] if quantized.compiled(like) else None
 
 
 def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None, reproducible: bool = True) -> torch.Tensor:

@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "pairs.h"
+#include "dots.h"
 #include "team.h"
 
 namespace {
@@ -20,7 +20,14 @@ constexpr int TILE = 6;           // rows of x whose sums are in registers
 constexpr int FEW_TILE = 4;       // the same where the weights that are taken apart need registers too
 template <class W>
 constexpr int64_t FEW = sizeof(W) == 1 ? 8 : 12;  // rows; for more of them a panel is widened first
-constexpr int AHEAD = 384;        // bytes of weights called into the first cache before they are read
+#if LANES == 2
+constexpr int AHEAD = 4096, KEEP = 2;  // bytes of weights called in before they are read, and which caches keep them
+#else
+constexpr int AHEAD = 384, KEEP = 0;
+#endif
+constexpr int64_t FEW_PAIRED = 2;  // rows for which products of pairs are faster than tiles
+template <class W>
+constexpr bool MULTIPLIED = DOTS && std::is_same_v<W, bf16>;  // by the instructions of dots.h
 constexpr int MOST_ROOTS = 64;
 
 // What one call computes, the same for all its threads.
@@ -38,26 +45,65 @@ struct Job {
     Lanes numbers(const void *p, int64_t at, int64_t left) const {
         return is_bf16 ? load((const bf16 *)p + at, left) : load((const float *)p + at, left);
     }
-    int64_t unit_floats() const { return (w.unit + GROUP - 1) / GROUP * GROUP; }
-    int64_t floats() const { return w.n_units * unit_floats(); }
+    int64_t unit_numbers() const { return (w.unit + GROUP - 1) / GROUP * GROUP; }
+    int64_t numbers_a_row() const { return w.n_units * unit_numbers(); }
 };
 
-// Rows m ... m_end - 1 of x as floats, each unit filled up with zeros.
+// Rows m ... m + rows - 1 of x as they are multiplied, each unit filled up with zeros: floats, or what dots.h takes. Sums have
+// room for `room` rows.
 struct Wide {
     std::vector<float> numbers;
-    int64_t m = -1, rows = 0;
+    int64_t m = -1, rows = 0, room = 0;
+    int64_t height = 0;  // rows of a tile, where they lie in tiles
 
-    void take(const Job &job, int64_t from, int64_t to) {
-        const int64_t each = job.unit_floats(), needed = (to - from) * job.floats();
+    template <class W> void take(const Job &job, int64_t from, int64_t to) {
+        m = from, rows = room = to - from, height = 0;
+        if (MULTIPLIED<W> && rows > FEW_PAIRED && has_tiles()) {
+            const int64_t tiles = (rows + WIDTH - 1) / WIDTH;
+            height = (rows + tiles - 1) / tiles, room = tiles * height;
+        }
+        const int64_t needed = room * job.numbers_a_row();
         if (int64_t(numbers.size()) < needed) numbers.resize(needed);
-        m = from, rows = to - from;
+        if (height)
+            in_tiles(job);
+        else if (MULTIPLIED<W>)
+            in_pairs(job);
+        else
+            widened(job);
+    }
+
+  private:
+    void widened(const Job &job) {
+        const int64_t each = job.unit_numbers();
         float *out = numbers.data();
-        for (int64_t i = from; i < to; i++)
+        for (int64_t i = m; i < m + rows; i++)
             for (int64_t u = 0; u < job.w.n_units; u++, out += each) {
                 const int64_t x = i * job.ldx + u * job.w.unit;
                 for (int64_t at = 0; at < each; at += WIDTH)
                     store(out + at, at < job.w.unit ? job.numbers(job.x, x + at, job.w.unit - at) : all(0.0f));
             }
+    }
+    void in_pairs(const Job &job) {
+#if DOTS
+        const int64_t each = job.unit_numbers();
+        uint32_t *out = (uint32_t *)numbers.data();
+        for (int64_t i = m; i < m + rows; i++)
+            for (int64_t u = 0; u < job.w.n_units; u++, out += each / 2 * CHAINS)
+                pair_up((const bf16 *)job.x + i * job.ldx + u * job.w.unit, job.w.unit, each, out);
+#endif
+    }
+    void in_tiles(const Job &job) {
+        const int64_t each = job.unit_numbers();
+        bf16 *out = (bf16 *)numbers.data();
+        for (int64_t first = m; first < m + room; first += height)
+            for (int64_t u = 0; u < job.w.n_units; u++)
+                for (int64_t at = 0; at < each; at += GROUP)
+                    for (int64_t i = first; i < first + height; i++, out += GROUP) {
+                        const int64_t n = i < m + rows ? std::min(GROUP, job.w.unit - at) : 0;
+                        if (n < GROUP) std::fill_n(out, GROUP, bf16{});
+                        const bf16 *x = (const bf16 *)job.x + i * job.ldx + u * job.w.unit + at;
+                        n == GROUP ? memcpy(out, x, GROUP * sizeof *x) : memcpy(out, x, n * sizeof *x);
+                    }
     }
 };
 
@@ -112,7 +158,7 @@ INLINE void direct(const T *w, int64_t panel, const float *x, int64_t ldx, int64
         for (int p = 0; p < P; p++) {
             Lanes numbers[N];
             take(w + p * panel, numbers);
-            __builtin_prefetch(ahead.at + p * panel * int64_t(sizeof(T)), 0, 0);  // read once: other caches are left alone
+            __builtin_prefetch(ahead.at + p * panel * int64_t(sizeof(T)), 0, KEEP);
 #pragma GCC unroll 4
             for (int j = 0; j < N; j++)
 #pragma GCC unroll 6
@@ -168,18 +214,57 @@ INLINE void put(const Job &job, int64_t plane, int64_t m, int64_t n, Lanes v) {
     job.y_f32 || !job.is_bf16 ? store((float *)job.y + at, v, left) : store((bf16 *)job.y + at, v, left);
 }
 
-// The rows of `x` by P panels of W: panel n, n + apart ... Several panels at once are for up to three rows.
+// The same for all rows of `x`, from number `at` of each on.
+#if DOTS
+template <int P>
+INLINE void multiplied(const Wide &x, int64_t ldx, int64_t at, const bf16 *w, int64_t panel, int64_t k, Lanes *sums) {
+#if DOTS == 2
+    if (x.height) {
+        const bf16 *numbers = (const bf16 *)x.numbers.data() + at * x.height;
+        const int64_t tile = x.height * ldx, tiles = x.room / x.height;
+        auto some = [&](auto with, auto call, int64_t t) {
+            constexpr int R = decltype(with)::value;
+            by_tiles_of_rows<R, P, decltype(call)::value>(w, panel, numbers + t * tile, tile, x.height, k, sums + t * x.height,
+                                                          x.room);
+        };
+        constexpr std::integral_constant<int, 1> one;
+        constexpr std::integral_constant<int, P == 4 ? 1 : 2> two;
+        if (tiles < two) return some(one, std::true_type{}, 0);
+        some(two, std::true_type{}, 0);
+        for (int64_t t = two; t < tiles; t += two)
+            t + two > tiles ? some(one, std::false_type{}, t) : some(two, std::false_type{}, t);
+        return;
+    }
+#endif
+    const int64_t words = ldx / 2 * CHAINS;
+    const uint32_t *pairs = (const uint32_t *)x.numbers.data() + at / 2 * CHAINS;
+    constexpr int MOST = P == 1 ? TILE : FEW_PAIRED;
+    by_tiles(x.rows, MOST, [&](auto with, int64_t row, int64_t t, int64_t) {
+        constexpr int M = std::min(decltype(with)::value, MOST);
+        t ? by_pairs<M, P, false>(w, panel, pairs + row * words, words, k, sums + row, x.room)
+          : by_pairs<M, P, true>(w, panel, pairs + row * words, words, k, sums + row, x.room);
+    });
+}
+#endif
+
+// The rows of `x` by P panels of W: panel n, n + apart ... Several panels at once are for few rows, or for tiles.
 template <class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, int64_t apart, Roots &roots) {
     constexpr bool FACTORS = std::is_same_v<W, e4m3>;
     const bool whole = job.first < 0;
-    const int64_t unit = job.unit_floats(), ldx = job.floats(), panel = job.w.block_groups * GROUP * WIDTH;
+    const int64_t unit = job.unit_numbers(), ldx = job.numbers_a_row(), panel = job.w.block_groups * GROUP * WIDTH;
     const W *w = (const W *)job.w.codes + n * panel;
     const float *numbers = x.numbers.data();
     alignas(64) float room[K_BLOCK * WIDTH];
-    roots.start(P * x.rows);
+    roots.start(P * x.room);
     Lanes *sums = roots.next();
     for (int64_t u = 0; u < job.w.n_units; u++) {
-        for (int64_t at = 0; at < unit; at += K_BLOCK) {
+#if DOTS
+        if constexpr (MULTIPLIED<W>) {
+            multiplied<P>(x, ldx, u * unit, w, apart * panel, unit, sums);
+            w += unit * WIDTH;
+        }
+#endif
+        for (int64_t at = 0; !MULTIPLIED<W> && at < unit; at += K_BLOCK) {
             const int64_t k = std::min(K_BLOCK, unit - at);
             if (x.rows > FEW<W>) {
                 const float *wide = widen(w, k, room);
@@ -194,7 +279,7 @@ template <class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, 
                     const Ahead ahead =
                         tiles > 1 ? share_of(w + k * WIDTH, k, t, tiles) : Ahead{(const char *)w + AHEAD, WIDTH * sizeof(W)};
                     if constexpr (M <= MOST)
-                        direct<W, M, P>(w, apart * panel, numbers + row * ldx, ldx, k, ahead, sums + row, x.rows);
+                        direct<W, M, P>(w, apart * panel, numbers + row * ldx, ldx, k, ahead, sums + row, x.room);
                 });
             }
             w += k * WIDTH;
@@ -202,7 +287,7 @@ template <class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, 
         }
         for (int p = 0; FACTORS && p < P; p++) {
             const Lanes factor = load(job.w.factors + ((n + p * apart) * job.w.block_units + u) * WIDTH);
-            for (int64_t i = p * x.rows; i < (p + 1) * x.rows; i++) sums[i] = sums[i] * factor;
+            for (int64_t i = p * x.room; i < (p + 1) * x.room; i++) sums[i] = sums[i] * factor;
         }
         if (whole && !FACTORS) continue;
         whole ? roots.add() : roots.push(job.first + u);
@@ -211,7 +296,7 @@ template <class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, 
     for (int plane = 0; plane < (whole ? 1 : roots.size); plane++)
         for (int p = 0; p < P; p++)
             for (int64_t i = 0; i < x.rows; i++)
-                put(job, plane, x.m + i, (n + p * apart) * WIDTH, roots.plane(plane)[p * x.rows + i]);
+                put(job, plane, x.m + i, (n + p * apart) * WIDTH, roots.plane(plane)[p * x.room + i]);
 }
 
 // The rows of `x` by `count` panels from panel n on. Several at once are not neighbours: each goes through a run of its own,
@@ -223,8 +308,9 @@ template <class W> void panels_from(const Job &job, const Wide &x, int64_t n, in
         for (int64_t i = 0; i < apart; i++) stripe<W, P>(job, x, n + i, apart, roots);
         n += apart * P, count -= apart * P;
     };
-    if (x.rows == 1) runs(std::integral_constant<int, 4>{});
-    if (x.rows <= 3) runs(std::integral_constant<int, 2>{});
+    const bool tiles = x.height, one_tile = tiles && x.room == x.height;
+    if (x.rows <= (MULTIPLIED<W> ? FEW_PAIRED : 1) || one_tile) runs(std::integral_constant<int, 4>{});
+    if (x.rows <= 3 || tiles) runs(std::integral_constant<int, 2>{});
     runs(std::integral_constant<int, 1>{});
 }
 
@@ -239,11 +325,13 @@ template <class W> void run(const Job &job, int threads) {
         for (int64_t at = all * t / threads, block = -1; at < end;) {
             if (at / panels != block) {
                 block = at / panels;
-                x.take(job, job.m * block / blocks, job.m * (block + 1) / blocks);
+                x.take<W>(job, job.m * block / blocks, job.m * (block + 1) / blocks);
+                if (x.height) set_up_tiles(x.height);
             }
             const int64_t n = at % panels, count = std::min(end - at, panels - n);
             panels_from<W>(job, x, n, count, roots);
             at += count;
+            if (at >= end && x.height) let_tiles_go();
         }
     }
 }

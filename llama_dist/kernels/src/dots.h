@@ -1,0 +1,163 @@
+// Products of bf16 by instructions made for them. DOTS 2: in AMX's order, 1: in that of AVX-512's products of pairs, 0: none.
+//
+// AMX (Intel's manual, TDPBF16PS) takes 32 numbers along K at a time: those at even places and those at odd ones are summed
+// apart, then added to each other, then to the sum so far. AVX-512's VDPBF16PS adds the two products of a pair to the sum so
+// far, one after the other; with one of the pair zero it does AMX's work too, to the same bits. So a few rows, for which
+// reading the weights is all that counts, and a process that may not use AMX, have the sums of many.
+#pragma once
+
+#include <algorithm>
+
+#include "pairs.h"
+
+#ifndef DOTS
+#if LANES == 2 && defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#define DOTS 2
+#elif LANES == 2 && defined(__AVX512BF16__)
+#define DOTS 1
+#else
+#define DOTS 0
+#endif
+#endif
+
+#if DOTS == 2
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+#if DOTS
+
+constexpr int TOGETHER = 32;             // numbers along K that AMX takes at a time
+constexpr int64_t CALLED = 4096;         // bytes of weights called into the second cache before they are read
+constexpr int CHAINS = DOTS == 2 ? 2 : 1;  // sums of a row that run side by side, and words of x for a pair of numbers
+
+// n numbers of x, then zeros up to `room`, as words that meet pairs of weights.
+INLINE void pair_up(const bf16 *x, int64_t n, int64_t room, uint32_t *to) {
+    for (int64_t at = 0; at < room; at += 2, to += CHAINS) {
+        uint32_t pair = 0;
+        if (at < n) memcpy(&pair, x + at, at + 1 < n ? 4 : 2);
+        if (CHAINS == 1)
+            to[0] = pair;
+        else
+            to[0] = pair & 0xffffu, to[CHAINS - 1] = pair & 0xffff0000u;
+    }
+}
+
+// M rows of x, words as pair_up makes them, along k numbers of P panels, added to sums[panel * stride + row].
+template <int M, int P, bool CALL>
+INLINE void by_pairs(const bf16 *w, int64_t panel, const uint32_t *x, int64_t ldx, int64_t k, Lanes *sums, int64_t stride) {
+    __m512 total[M][P], part[M][P][CHAINS];
+    for (int i = 0; i < M; i++)
+        for (int p = 0; p < P; p++) total[i][p] = sums[p * stride + i].v;
+    for (int64_t at = 0; at < k; at += TOGETHER) {
+        for (int i = 0; i < M; i++)
+            for (int p = 0; p < P; p++)
+                for (int c = 0; c < CHAINS; c++) part[i][p][c] = CHAINS == 1 ? total[i][p] : _mm512_setzero_ps();
+#pragma GCC unroll 4
+        for (int j = 0; j < TOGETHER / 2; j++, x += CHAINS, w += 2 * WIDTH)
+#pragma GCC unroll 4
+            for (int p = 0; p < P; p++) {
+                const bf16 *line = w + p * panel;
+                if (CALL) __builtin_prefetch((const char *)line + CALLED, 0, 2);
+                const __m512bh weights = (__m512bh)_mm512_loadu_si512(line);
+#pragma GCC unroll 6
+                for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+                    for (int c = 0; c < CHAINS; c++)
+                        part[i][p][c] = _mm512_dpbf16_ps(part[i][p][c], weights, (__m512bh)_mm512_set1_epi32(x[i * ldx + c]));
+            }
+        for (int i = 0; i < M; i++)
+            for (int p = 0; p < P; p++)
+                total[i][p] = CHAINS == 1 ? part[i][p][0] : _mm512_add_ps(total[i][p], _mm512_add_ps(part[i][p][0], part[i][p][CHAINS - 1]));
+    }
+    for (int i = 0; i < M; i++)
+        for (int p = 0; p < P; p++) sums[p * stride + i] = {total[i][p]};
+}
+
+#endif
+
+#if DOTS == 2
+
+// Whether this process may use AMX, which it asks for once (Linux, Documentation/arch/x86/xstate.rst).
+inline bool has_tiles() {
+    constexpr int ASK_FOR_STATE = 0x1023, TILES = 18;
+    static const bool granted = !syscall(SYS_arch_prctl, ASK_FOR_STATE, TILES);
+    return granted;
+}
+
+// What comes before is in memory: a compiler may not know what a tile's instruction reads.
+INLINE void written() { asm volatile("" ::: "memory"); }
+
+// Of this thread, until it lets go of them: sums 0 to 3 and rows of x, 4 and 5, of `height` rows; weights, 6 and 7, of sixteen pairs.
+inline void set_up_tiles(int64_t height) {
+    struct alignas(64) {
+        uint8_t palette = 1, start = 0, none[14] = {};
+        uint16_t row_bytes[16] = {};
+        uint8_t rows[16] = {};
+    } all;
+    for (int i = 0; i < 8; i++) all.row_bytes[i] = 64, all.rows[i] = uint8_t(i < 6 ? height : TOGETHER / 2);
+    written();
+    _tile_loadconfig(&all);
+}
+inline void let_tiles_go() { _tile_release(); }
+
+// R tiles of rows of x, [k / 32][height][32] each and ldx apart, by P panels along k numbers, added to
+// sums[panel * stride + tile * height + row].
+template <int R, int P, bool CALL>
+INLINE void by_tiles_of_rows(const bf16 *w, int64_t panel, const bf16 *x, int64_t ldx, int64_t height, int64_t k, Lanes *sums,
+                             int64_t stride) {
+    auto sum = [&](int i) { return sums + i % P * stride + i / P * height; };
+    auto line = [&](int p) {
+        const bf16 *from = w + p * panel;
+        if (CALL)
+            for (int64_t at = 0; at < TOGETHER * WIDTH * 2; at += 64) __builtin_prefetch((const char *)from + CALLED + at, 0, 2);
+        return from;
+    };
+    written();
+    _tile_loadd(0, sum(0), 64);
+    if (R * P > 1) _tile_loadd(1, sum(1), 64);
+    if (R * P > 2) {
+        _tile_loadd(2, sum(2), 64);
+        _tile_loadd(3, sum(3), 64);
+    }
+    for (int64_t at = 0; at < k; at += TOGETHER, w += TOGETHER * WIDTH, x += height * TOGETHER) {
+        _tile_loadd(4, x, 64);
+        _tile_loadd(6, line(0), 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (P > 1) {
+            _tile_loadd(7, line(1), 64);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (P > 2) {
+            _tile_loadd(6, line(2), 64);
+            _tile_dpbf16ps(2, 4, 6);
+            _tile_loadd(7, line(3), 64);
+            _tile_dpbf16ps(3, 4, 7);
+        }
+        if (R > 1) {
+            _tile_loadd(5, x + ldx, 64);
+            if (P == 1) _tile_dpbf16ps(1, 5, 6);
+            if (P == 2) _tile_dpbf16ps(2, 5, 6);
+            if (P == 2) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sum(0), 64);
+    if (R * P > 1) _tile_stored(1, sum(1), 64);
+    if (R * P > 2) {
+        _tile_stored(2, sum(2), 64);
+        _tile_stored(3, sum(3), 64);
+    }
+    written();
+}
+
+#else
+
+inline bool has_tiles() { return false; }
+inline void set_up_tiles(int64_t) {}
+inline void let_tiles_go() {}
+
+#endif
+
+}  // namespace
