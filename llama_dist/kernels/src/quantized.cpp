@@ -14,10 +14,16 @@
 namespace {
 
 constexpr int64_t M_BLOCK = 64;     // rows of x that stay in the second cache while weights pass by
-// Bytes of weights called into the cache before M rows are multiplied by them, and in which: a single row's are read once, of
-// several rows the next ones find them in the second.
+// Bytes of weights called into the cache before M rows are multiplied by them, and in which. Where no more than some lines
+// can be on their way (Zen 3) a single row's are called in late and once; of several rows the next ones find them in the second
+// cache. Processors with AVX-512 (Granite Rapids) drop what is to pass by the outer caches, and like it early.
+#if LANES == 2
+template <int BITS, int M> constexpr int AHEAD = 4096;
+template <int M> constexpr int KEEP = 3;
+#else
 template <int BITS, int M> constexpr int AHEAD = BITS == 8 && M == 1 ? 1024 : 2048;
 template <int M> constexpr int KEEP = M == 1 ? 0 : 3;
+#endif
 constexpr float SMALLEST = 1e-30f;  // a group of x whose largest number is below counts as zero
 constexpr int TILE_M = 4, TILE_N = WHOLES == 2 ? 2 : 1;  // rows, and blocks of W, whose sums are in registers together
 
