@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from llama_dist.kernels import build, quantized
 from llama_dist.kernels.tree import total
@@ -129,19 +131,70 @@ def test_broken_numbers_stay_in_their_rows() -> None:
 
 
 def test_all_ways_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four plain vectors, AVX2 and AVX-512, where the processor has them."""
+    """Four plain vectors, AVX2 and AVX-512, where the processor has them, multiply and add in one order."""
     words = set(Path("/proc/cpuinfo").read_text().split())
     ways = [way for way, needed in NEEDS.items() if needed <= words]
-    usual, cxx = everything(), build.compiler()
-    assert cxx is not None and len(ways) > 1
+    usual = everything() if instructions() in PLAIN else None
+    assert len(ways) > 1
     for way in ways:
-        path = tmp_path / f"{way}.so"
-        sources = [build.SOURCES / f"{name}.cpp" for name in ("quantized", "panels")]
-        build.compile_to(path, cxx, sources, f"-DLANES={way}")
-        call: Any = build.open_library(path).llama_dist_quantized
-        call.argtypes = getattr(build.library(), "llama_dist_quantized").argtypes  # noqa: B009
-        monkeypatch.setattr(quantized, "_compiled", lambda call=call: call)
+        monkeypatch.setattr(quantized, "_compiled", compiled(tmp_path / f"{way}.so", f"-DLANES={way}", "-DDOTS=0"))
+        usual = usual or everything()
         assert all(map(same_bits, everything(), usual)), way
+
+
+def test_amx_has_its_bits_without_its_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As AVX-512 gives them where a process may not use AMX."""
+    if instructions() != "amx":
+        pytest.skip("needs a processor with AMX")
+    usual = everything()
+    monkeypatch.setattr(quantized, "_compiled", compiled(tmp_path / "pairs.so", "-DTILES=0"))
+    assert all(map(same_bits, everything(), usual))
+
+
+def test_the_order_of_a_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of bfloat16, whose products are exact: as panels.cpp and dots.h say."""
+    x, w = draws(5, 600, dtype=torch.bfloat16), draws(37, 600, dtype=torch.bfloat16, seed=1)
+    held, usual = laid(w), instructions()
+    products = F.pad(x.float()[:, None] * w.float(), (0, 8))  # [5, 37, whole groups]
+    assert same_bits(product.unit_sums(x, held, 0)[0], in_order(products, usual)), usual
+    if usual == "amx":
+        monkeypatch.setattr(quantized, "_compiled", compiled(tmp_path / "dots.so", "-DDOTS=1"))
+        assert same_bits(product.unit_sums(x, held, 0)[0], in_order(products, "avx512_bf16"))
+
+
+def in_order(products: torch.Tensor, name: str) -> torch.Tensor:
+    """The sum over the last dimension by such a processor's instructions."""
+    if name == "avx512_bf16":
+        return chain(products.unflatten(2, (-1, 2)).flip(3).flatten(2))  # of a pair the second comes first
+    if name == "amx":
+        blocks = products.unflatten(2, (-1, 16, 2))  # even and odd places
+        return chain(chain(blocks.transpose(3, 4)).sum(3))
+    return chain(torch.stack([chain(part) for part in products.split(256, 2)], 2))
+
+
+def chain(numbers: torch.Tensor) -> torch.Tensor:
+    """The sum over the last dimension, one after another, from zero."""
+    total = torch.zeros(numbers.shape[:-1])
+    for one in numbers.unbind(-1):
+        total = total + one
+    return total
+
+
+PLAIN = build.INSTRUCTIONS[:2]
+
+
+def instructions() -> str:
+    return build.INSTRUCTIONS[build.function("instructions")()]
+
+
+def compiled(path: Path, *flags: str) -> Callable[[], Any]:
+    """The product of these sources, compiled with `flags`."""
+    cxx = build.compiler()
+    assert cxx is not None
+    build.compile_to(path, cxx, [build.SOURCES / f"{name}.cpp" for name in ("quantized", "panels")], *flags)
+    call: Any = build.open_library(path).llama_dist_quantized
+    call.argtypes = quantized._compiled().argtypes
+    return lambda: call
 
 
 def everything() -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ from llama_dist.engine.scores import scores_of
 from llama_dist.kernels import attention as pages
 from llama_dist.kernels import triton_here
 from llama_dist.kernels.build import build_name
-from llama_dist.kernels.linear import compiled
+from llama_dist.kernels.quantized import compiled
 from llama_dist.kernels.steady import steady
 from llama_dist.kernels.tree import roots, total
 from llama_dist.model.transformer import Transformer

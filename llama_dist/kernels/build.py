@@ -27,6 +27,7 @@ log = logging.getLogger("llama_dist")
 SOURCES = Path(__file__).parent / "src"
 # No contraction and no reassociation: what is summed in which order is what the source says.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fPIC")
+INSTRUCTIONS = ("portable", "avx512", "avx512_bf16", "amx")
 SECONDS = 120  # for a compiler that hangs
 
 
@@ -142,4 +143,4 @@ def build_name() -> str:
     digest = hashlib.blake2b(digest_size=4)
     for source in _sources():
         digest.update(source.read_bytes() + b"\0")
-    return f"C++ kernels {digest.hexdigest()} ({('portable', 'avx512', 'avx512_bf16')[function('instructions')()]})"
+    return f"C++ kernels {digest.hexdigest()} ({INSTRUCTIONS[function('instructions')()]})"

@@ -1,43 +1,20 @@
-"""Products whose sums have a fixed order: y = x W^T, and its partial sums by unit.
+"""Products with weights that lie as rows, whose sums have a fixed order: y = x W^T, and its partial sums by unit.
 
-Weights are rows here; where they lie in panels the product is in quant/. On a CPU with the C++ kernels, and on a GPU
-with those in Triton, an entry of y has the same bits whatever rows and columns are computed beside it, on any number of
-threads. Without them torch's own product serves, with x filled up to a fixed number of rows; whether that keeps the
-promise is for a check on the machine to say.
+Where weights lie in panels, or are packed, the product is in quant/: so it is on a CPU with the C++ kernels. On a GPU
+with those in Triton an entry of y has the same bits whatever rows and columns are computed beside it. Without kernels
+torch's own product serves, with x filled up to a fixed number of rows; whether that keeps the promise is for a check on
+the machine to say.
 """
 
 from __future__ import annotations
 
-import functools
-from ctypes import c_int, c_int64, c_void_p
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
-from llama_dist.kernels import build, triton_here
-from llama_dist.kernels.tree import merge, roots
+from llama_dist.kernels import triton_here
+from llama_dist.kernels.tree import merge
 
-AVX512_BF16 = 2  # what the kernels call a processor that multiplies bfloat16 itself
-FEW = 16  # up to so many rows the C++ kernel is the faster product where weights lie as rows
 ROWS = 16  # torch's product gets a multiple of so many rows: its kernels differ for fewer
-
-
-@functools.cache
-def _compiled() -> Any:
-    x = w = (c_void_p, c_int64)
-    return build.function("linear", c_int, *x, *w, c_void_p, c_void_p, c_int64, c_int64, c_int, *[c_int64] * 5, c_int)
-
-
-def compiled(x: torch.Tensor) -> bool:
-    """Whether the C++ kernel serves x."""
-    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32) and _compiled() is not None
-
-
-@functools.cache
-def multiplies_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 itself: there torch's products are good, and weights lie as rows."""
-    return bool(build.function("instructions")() == AVX512_BF16)
 
 
 def single(x: torch.Tensor) -> bool:
@@ -51,44 +28,13 @@ def fastest(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torc
         from llama_dist.kernels import triton_single
 
         return triton_single.linear(x, w, bias)
-    return linear(x, w, bias) if x.shape[0] <= FEW and compiled(x) else F.linear(x, w, bias)
-
-
-def _run(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, unit: int, first: int
-) -> torch.Tensor:
-    """y [..., M, N] of x [M, K] and w [N, K]; more dimensions of y are the roots."""
-    function = _compiled()
-    assert function is not None and x.dtype == w.dtype
-    assert x.stride(-1) == w.stride(-1) == y.stride(-1) == 1, (x.stride(), w.stride(), y.stride())
-    function(
-        x.dtype == torch.bfloat16,
-        x.data_ptr(),
-        x.stride(0),
-        w.data_ptr(),
-        w.stride(0),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        y.stride(-2),
-        y.stride(0),
-        y.dtype == torch.float32,
-        x.shape[0],
-        w.shape[0],
-        x.shape[1],
-        unit,
-        first,
-        torch.get_num_threads(),
-    )
-    return y
+    return F.linear(x, w, bias)
 
 
 def linear(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """x [M, K] times w [N, K] transposed, plus bias [N]: [M, N], in x's dtype or in float32 if `dtype` says so."""
-    if compiled(x):
-        y = torch.empty(x.shape[0], w.shape[0], dtype=dtype or x.dtype)
-        return _run(x, w, bias, y, max(1, x.shape[1]), 0)
     if triton_here.serves(x):
         from llama_dist.kernels import triton_linear
 
@@ -109,9 +55,6 @@ def unit_sums(x: torch.Tensor, w: torch.Tensor, unit: int, first: int) -> torch.
     """
     n_units = x.shape[1] // unit
     assert x.shape[1] == n_units * unit, f"{x.shape[1]} entries are no whole units of {unit}"
-    if compiled(x):
-        y = torch.empty(len(roots(first, n_units)), x.shape[0], w.shape[0], dtype=torch.float32)
-        return _run(x, w, None, y, unit, first) if n_units else y
     if triton_here.serves(x):
         from llama_dist.kernels import triton_linear
 

@@ -20,8 +20,8 @@ from llama_dist.kernels.tree import Node
 from llama_dist.quant.packed import Packed
 
 # Kinds of operations, as in program.h; the head's product has a clock of its own.
-NORM, LINEAR, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES, EMBED, LIKELIEST = range(11)
-HEAD, CLOCKS = 11, 12
+NORM, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES, EMBED, LIKELIEST = range(10)
+HEAD, CLOCKS = 10, 11
 OP = struct.Struct("=16q")
 STEP = struct.Struct("=16q")
 
@@ -147,19 +147,13 @@ class Program:
         bits = int.from_bytes(struct.pack("=f", eps), "little")
         self._add(NORM, x, x.stride(0), y, y.stride(0), total, weight, out, out.stride(0), 1, bits, x.shape[1])
 
-    def linear(self, x: torch.Tensor, w: torch.Tensor | Packed, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    def linear(self, x: torch.Tensor, w: Packed, bias: torch.Tensor | None, y: torch.Tensor) -> None:
         """y = x W^T + bias."""
-        if isinstance(w, Packed):
-            return self._packed(x, w, bias, y, y.stride(0), 0, 0, w.rows, quantized.WHOLE)
-        k = x.shape[1]
-        self._add(LINEAR, x, x.stride(0), w, w.stride(0), bias, y, y.stride(0), 0, 0, w.shape[0], k, max(1, k), 0)
+        self._packed(x, w, bias, y, y.stride(0), 0, 0, w.rows, quantized.WHOLE)
 
-    def unit_sums(self, x: torch.Tensor, w: torch.Tensor | Packed, unit: int, first: int, planes: torch.Tensor) -> None:
-        """planes [roots, most, N] float32: the partial products by unit, as `kernels.linear.unit_sums` has them."""
-        if isinstance(w, Packed):
-            return self._packed(x, w, None, planes, planes.stride(1), planes.stride(0), 1, w.rows, first)
-        sizes = (planes.stride(1), planes.stride(0), 1, w.shape[0], x.shape[1], unit, first)
-        self._add(LINEAR, x, x.stride(0), w, w.stride(0), None, planes, *sizes)
+    def unit_sums(self, x: torch.Tensor, w: Packed, first: int, planes: torch.Tensor) -> None:
+        """planes [roots, most, N] float32: the partial products by unit, as `quant.product.unit_sums` has them."""
+        self._packed(x, w, None, planes, planes.stride(1), planes.stride(0), 1, w.rows, first)
 
     def _packed(self, x: torch.Tensor, w: Packed, bias: torch.Tensor | None, y: torch.Tensor, *rest: int) -> None:
         where = torch.frombuffer(bytearray(quantized.describe(w)), dtype=torch.int64)

@@ -12,8 +12,8 @@ from torch import nn
 from llama_dist.config import ModelConfig
 from llama_dist.kernels import program as programs
 from llama_dist.kernels.attention import compiled_for, paged
-from llama_dist.kernels.linear import FEW, compiled
 from llama_dist.kernels.program import Call, Program
+from llama_dist.kernels.quantized import compiled
 from llama_dist.kernels.single import found_of, likeliest
 from llama_dist.kernels.told import sent
 from llama_dist.model.attention import Attention
@@ -40,7 +40,7 @@ FIRST = 4  # layers that are recorded by themselves: they run while the launch o
 Stream = tuple[torch.Tensor, ...]
 """The residual stream [n, dim], that normed for the layer that is next, and the angles' cosines and sines."""
 
-MOST = 64  # rows of a program, where any number could be: beyond, a call an operation costs next to nothing
+MOST = 64  # rows of a program: beyond, a call an operation costs next to nothing
 
 
 class FeedForward(nn.Module):
@@ -152,8 +152,8 @@ class Transformer(nn.Module):
     def lay_out(self, cache: KVCache, max_seq_len: int) -> None:
         """Have batches of few tokens over this cache run in one piece from now on, where the kernels serve.
 
-        On a CPU they are a program, whose bits are those of the layers called one by one. Few: as many as the kernels
-        are the fastest for; MOST where they serve any number. On a GPU passes of one token a sequence are recorded.
+        On a CPU they are a program of MOST rows, whose bits are those of the layers called one by one. On a GPU passes
+        of one token a sequence are recorded.
         """
         weight, self._laid = self.norm.weight, (cache, max_seq_len)
         if weight.device.type == "cuda":
@@ -163,9 +163,8 @@ class Transformer(nn.Module):
             return
         if not (compiled(weight) and programs.compiled() and compiled_for(cache.layers[0])):
             return
-        any_number = self.reproducible or isinstance(self.output.weight, Packed)
-        most = MOST if any_number else FEW
-        program = Program(most, weight.dtype)
+        assert isinstance(self.output.weight, Packed), "programs multiply by weights in panels"
+        program = Program(MOST, weight.dtype)
         x, normed = program.rows("x", self.config.dim), program.rows("normed", self.config.dim)
         self.tok_embeddings.lay(program, x)
         layers: list[Block] = list(self.layers)  # type: ignore[arg-type]

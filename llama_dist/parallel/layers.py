@@ -219,6 +219,7 @@ class FusedColumns(nn.Module):
 
     def lay(self, program: Program, x: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
         """Append it to a program; the rows it makes are called `name`."""
+        assert isinstance(self.weight, Packed), "programs multiply by weights in panels"
         y = program.rows(name, sum(self.widths))
         program.linear(x, self.weight, self.bias, y)
         return self._split(y)
@@ -262,12 +263,14 @@ class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
 
     def lay(self, program: Program, x: torch.Tensor, name: str) -> torch.Tensor:
         """Append it to a program, its reduction too; the rows it makes are called `name`."""
+        held = self.units
+        assert isinstance(self.weight, Packed) and isinstance(held, Packed), "programs multiply by weights in panels"
         y, memory = program.rows(name, self.out_features), shared.of(fs.get_model_parallel_group())
         if self.reproducible:
             width, mine = self.n_units * self.unit, roots(self.first, self.n_units)
             planes = program.rows("planes of " + name, self.out_features, max(1, len(mine)))
             if width:
-                program.unit_sums(x[:, :width], self.units, self.unit, self.first, planes)
+                program.unit_sums(x[:, :width], held, self.first, planes)
             if len(self.nodes) == 1:
                 program.add_planes(planes, mine, y)
             elif memory is not None:

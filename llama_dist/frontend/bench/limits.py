@@ -17,7 +17,6 @@ from llama_dist.config import ModelConfig
 from llama_dist.engine.memory import host_memory
 from llama_dist.frontend.bench.figures import Limits
 from llama_dist.kernels import read as reading
-from llama_dist.kernels.linear import compiled, fastest, linear
 from llama_dist.model.room import large_pages
 from llama_dist.parallel.control import collect
 from llama_dist.parallel.layers import reduce
@@ -92,16 +91,12 @@ def _products(world: World, config: ModelConfig, dtype: torch.dtype) -> Iterator
     scheme = panels(dtype, device)
     # Every rank measures the same ones, whatever its processor.
     laid_out = all(collect(world, scheme is not None))
-    own = all(collect(world, compiled(torch.empty(0, dtype=dtype, device=device)))) and not laid_out
     sizes = [(ROWS, config.dim, config.hidden_dim), *((n, n, n) for n in SIDES[device.type])]
     for m, k, n in sizes:
         x = torch.full((m, k), 0.5, dtype=dtype, device=device)
         w = torch.full((n, k), 0.5, dtype=dtype, device=device)
         amount = 2.0 * m * k * n
         yield f"torch's product of {m} x {k} x {n}", amount, functools.partial(F.linear, x, w)
-        if own:
-            yield f"own product of {m} x {k} x {n}", amount, functools.partial(linear, x, w)
-            yield f"layers' product of {m} x {k} x {n}", amount, functools.partial(fastest, x, w, None)
         if scheme is not None and laid_out:
             laid = empty(scheme, n, k, 1, device)
             pack(laid, w)

@@ -52,7 +52,6 @@ TARGETS = (
 
 OF_PROGRAM = {
     program.NORM: SMALL,
-    program.LINEAR: PRODUCTS,
     program.ROPE: SMALL,
     program.ATTEND: ATTENTION,
     program.GATE: SMALL,

@@ -20,7 +20,11 @@
 #endif
 #endif
 
-#if DOTS == 2
+#ifndef TILES  // 0 in a test: AMX's sums without it
+#define TILES (DOTS == 2)
+#endif
+
+#if TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -78,12 +82,12 @@ INLINE void by_pairs(const bf16 *w, int64_t panel, const uint32_t *x, int64_t ld
 
 #endif
 
-#if DOTS == 2
+#if TILES
 
 // Whether this process may use AMX, which it asks for once (Linux, Documentation/arch/x86/xstate.rst).
 inline bool has_tiles() {
-    constexpr int ASK_FOR_STATE = 0x1023, TILES = 18;
-    static const bool granted = !syscall(SYS_arch_prctl, ASK_FOR_STATE, TILES);
+    constexpr int ASK_FOR_STATE = 0x1023, TILE_DATA = 18;
+    static const bool granted = !syscall(SYS_arch_prctl, ASK_FOR_STATE, TILE_DATA);
     return granted;
 }
 

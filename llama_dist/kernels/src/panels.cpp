@@ -1,9 +1,10 @@
 // y = x W^T for weights that are floats, in panels: sixteen rows of W side by side, so that one load takes some numbers of each
 // row, and each row's sum has a lane of its own. Floats of eight bits, e4m3, have a factor for each unit of a row.
 //
-// A lane's sum runs along K, K_BLOCK numbers at a time; these sums are added up in their order, then by unit in the tree of
-// linear.cpp. So the bits of an entry of y are a function of its row of x and its row of W, on any number of threads, in any
-// batch, and the same on all processors that can multiply and add in one.
+// A lane's sum runs along K, K_BLOCK numbers at a time; these sums are added up in their order, then by unit in the binary tree
+// over unit numbers. So the bits of an entry of y are a function of its row of x and its row of W, on any number of threads, in
+// any batch, and the same on all processors that can multiply and add in one. Those with instructions for bf16 add up its
+// products in an order of their own (dots.h), of which the same holds.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -218,7 +219,7 @@ INLINE void put(const Job &job, int64_t plane, int64_t m, int64_t n, Lanes v) {
 #if DOTS
 template <int P>
 INLINE void multiplied(const Wide &x, int64_t ldx, int64_t at, const bf16 *w, int64_t panel, int64_t k, Lanes *sums) {
-#if DOTS == 2
+#if TILES
     if (x.height) {
         const bf16 *numbers = (const bf16 *)x.numbers.data() + at * x.height;
         const int64_t tile = x.height * ldx, tiles = x.room / x.height;
@@ -367,6 +368,9 @@ void team::panels(int is_bf16, const void *x, int64_t ldx, const Packed &w, cons
     if (w.bits == E4M3) return run<e4m3>(job, threads);
     is_bf16 ? run<bf16>(job, threads) : run<float>(job, threads);
 }
+
+// What the sums of bf16 depend on: 3 AMX, 2 AVX-512's products of pairs, 1 AVX-512, 0 what every processor has.
+extern "C" int llama_dist_instructions() { return DOTS ? DOTS + 1 : LANES == 2; }
 
 // w [rows, columns] of bf16 or floats, rows ldw apart, into panels of n_units units; what is beyond w is zero.
 extern "C" int llama_dist_lay_out(int is_bf16, const void *w, int64_t ldw, int64_t rows, int64_t columns, int64_t unit,

@@ -39,10 +39,6 @@ void run_one(const Op &op, const Step &step, int threads, int &fault) {
             team::rms_norm(bf16s, p(0), v[1], p(2), v[3], p(4), p(5), p(6), v[7], step.n, v[8], v[10], eps);
             break;
         }
-        case Op::LINEAR:
-            team::linear(bf16s, p(0), v[1], p(2), v[3], p(4), p(5), v[6], v[7], int(v[8]), step.n, v[9], v[10], v[11], v[12],
-                         threads);
-            break;
         case Op::PACKED:
             team::quantized(bf16s, p(0), v[1], *static_cast<const team::Packed *>(p(2)), p(3), p(4), v[5], v[6], int(v[7]),
                             step.n, v[8], v[9], threads);

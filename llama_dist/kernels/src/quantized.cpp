@@ -1,5 +1,5 @@
 // y = x W^T for packed weights (groups.h). Rows of x become whole numbers too, a scale for each group of 32; products of
-// groups are exact, and their scaled sums are taken lane by lane in the order of K, then by unit in the tree of linear.cpp.
+// groups are exact, and their scaled sums are taken lane by lane in the order of K, then by unit in the tree of unit_tree.h.
 //
 // So the bits of an entry of y are a function of its row of x and its row of W, on any number of threads, in any batch, and
 // the same on processors with and without AVX-512.

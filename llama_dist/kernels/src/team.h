@@ -6,9 +6,6 @@
 
 namespace team {
 
-void linear(int is_bf16, const void *x, int64_t ldx, const void *w, int64_t ldw, const void *bias, void *y, int64_t ldy,
-            int64_t plane, int y_f32, int64_t m, int64_t n, int64_t k, int64_t unit, int64_t first, int threads);
-
 // Packed weights, as groups.h says; from one block of sixteen rows to the next are block_groups groups, block_units factors.
 // Eight bits may also be E4M3, floats.
 constexpr int64_t E4M3 = -8;
