@@ -15,7 +15,11 @@ from tests.kernel_cases import need_kernels
 HERE = Path(__file__).parent
 ROWS = ["test_kernels_attention.py", "test_draws.py"]
 PACKED = ["test_kernels_lanes.py", "test_panels.py", "test_quantized.py"]
-KINDS = {"avx512_bf16": ("", ROWS + PACKED), "avx512": ("-DFIRST_AVX512", PACKED)}
+KINDS = {
+    "avx512_bf16": ("", ROWS + PACKED),
+    "avx512": ("-DFIRST_AVX512", PACKED),
+    "amx": ("-DAMX", ["test_panels.py", "test_program.py"]),
+}
 """By what the kernels call the processor: flags that make it so, and the tests of what is peculiar to it."""
 
 

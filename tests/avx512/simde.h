@@ -78,6 +78,24 @@ inline __m512 quarters(__m512 a, __m512 b, int names) {
     return result;
 }
 
+// Pairs of bfloat16, of each first the second (SIMDe 0.7.4 begins with the first).
+inline __m512 dot_pairs(__m512 sums, __m512bh a, __m512bh b) {
+    float s[16];
+    uint32_t x[16], y[16];
+    memcpy(s, &sums, 64), memcpy(x, &a, 64), memcpy(y, &b, 64);
+    auto number = [](uint32_t bits) {
+        float f;
+        memcpy(&f, &bits, 4);
+        return f;
+    };
+    for (int i = 0; i < 16; i++) {
+        s[i] += number(x[i] & 0xffff0000u) * number(y[i] & 0xffff0000u);
+        s[i] += number(x[i] << 16) * number(y[i] << 16);
+    }
+    memcpy(&sums, s, 64);
+    return sums;
+}
+
 }  // namespace lanes_by_hand
 
 #undef _mm512_maskz_loadu_ps
@@ -86,7 +104,74 @@ inline __m512 quarters(__m512 a, __m512 b, int names) {
 #define _mm512_cvtepi32_epi16 lanes_by_hand::narrow16
 #define _mm512_cvtepi32_ps lanes_by_hand::floats
 #define _mm512_srai_epi32 lanes_by_hand::shifted
+#undef _mm512_dpbf16_ps
+#define _mm512_dpbf16_ps lanes_by_hand::dot_pairs
 #define _mm512_reduce_max_ps lanes_by_hand::greatest
 #define _mm512_shuffle_f32x4 lanes_by_hand::quarters
 #define _mm512_maskz_loadu_epi16 lanes_by_hand::masked<uint16_t, 32, __m512i>
 #define _mm512_maskz_loadu_ps lanes_by_hand::masked<float, 16, __m512>
+
+#ifdef AMX  // by hand, as Intel's manual has it; the system's permission is one that is always granted
+#include <sched.h>
+#include <sys/syscall.h>
+
+#define __AMX_TILE__ 1
+#define __AMX_BF16__ 1
+#undef SYS_arch_prctl
+#define SYS_arch_prctl SYS_sched_yield
+
+namespace tiles_by_hand {
+
+struct Tile {
+    int rows, row_bytes;
+    unsigned char bytes[16][64];
+};
+inline thread_local Tile tiles[8];
+
+inline void configure(const void *p) {
+    const unsigned char *from = static_cast<const unsigned char *>(p);
+    memset(tiles, 0, sizeof tiles);
+    for (int t = 0; t < 8; t++) {
+        uint16_t row_bytes;
+        memcpy(&row_bytes, from + 16 + 2 * t, 2);
+        tiles[t].rows = from[48 + t], tiles[t].row_bytes = row_bytes;
+    }
+}
+inline void load(Tile &tile, const void *p, long stride) {
+    for (int i = 0; i < tile.rows; i++) memcpy(tile.bytes[i], static_cast<const char *>(p) + i * stride, tile.row_bytes);
+}
+inline void store(const Tile &tile, void *p, long stride) {
+    for (int i = 0; i < tile.rows; i++) memcpy(static_cast<char *>(p) + i * stride, tile.bytes[i], tile.row_bytes);
+}
+inline float number(const Tile &tile, int row, int at) {
+    uint32_t bits = 0;
+    memcpy(reinterpret_cast<char *>(&bits) + 2, tile.bytes[row] + 2 * at, 2);
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+inline void multiply(Tile &sums, const Tile &a, const Tile &b) {
+    for (int m = 0; m < sums.rows; m++)
+        for (int n = 0; n < sums.row_bytes / 4; n++) {
+            float even = 0, odd = 0, sum;
+            for (int k = 0; k < a.row_bytes / 4; k++) {
+                even += number(a, m, 2 * k) * number(b, k, 2 * n);
+                odd += number(a, m, 2 * k + 1) * number(b, k, 2 * n + 1);
+            }
+            memcpy(&sum, sums.bytes[m] + 4 * n, 4);
+            sum += even + odd;
+            memcpy(sums.bytes[m] + 4 * n, &sum, 4);
+        }
+}
+
+}  // namespace tiles_by_hand
+
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
+#define _tile_loadconfig tiles_by_hand::configure
+#define _tile_release() (void)0
+#define _tile_loadd(t, p, stride) tiles_by_hand::load(tiles_by_hand::tiles[t], p, stride)
+#define _tile_stored(t, p, stride) tiles_by_hand::store(tiles_by_hand::tiles[t], p, stride)
+#define _tile_dpbf16ps(c, a, b) tiles_by_hand::multiply(tiles_by_hand::tiles[c], tiles_by_hand::tiles[a], tiles_by_hand::tiles[b])
+#endif
