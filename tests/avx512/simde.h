@@ -166,11 +166,13 @@ inline void multiply(Tile &sums, const Tile &a, const Tile &b) {
 
 }  // namespace tiles_by_hand
 
+#undef _tile_zero
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
 #define _tile_loadconfig tiles_by_hand::configure
 #define _tile_release() (void)0
+#define _tile_zero(t) memset(tiles_by_hand::tiles[t].bytes, 0, sizeof tiles_by_hand::tiles[t].bytes)
 #define _tile_loadd(t, p, stride) tiles_by_hand::load(tiles_by_hand::tiles[t], p, stride)
 #define _tile_stored(t, p, stride) tiles_by_hand::store(tiles_by_hand::tiles[t], p, stride)
 #define _tile_dpbf16ps(c, a, b) tiles_by_hand::multiply(tiles_by_hand::tiles[c], tiles_by_hand::tiles[a], tiles_by_hand::tiles[b])

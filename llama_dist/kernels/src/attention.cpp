@@ -31,6 +31,9 @@ struct Job {
     std::vector<int> readers, first_reader;  // the query heads in the order of their KV heads; where each one's begin
     std::vector<long> first_token;           // of each span
 
+    float score_unit() const { return float(1.4426950408889634 / std::sqrt(double(dim))); }  // of which 2^1 is the weight
+    // Whether scores are taken by the instructions of dots.h; queries stay as they are then.
+    bool dots() const { return DOTS == 2 && sizeof(T) == 2 && dim % 32 == 0; }
     int chunks() const { return (dim + WIDTH - 1) / WIDTH; }
     int stride() const { return (chunks() + 2) * WIDTH; }
 };
@@ -68,6 +71,10 @@ struct Rows {
         const Rows next(job, *after);
         return next.place(std::min(next.begin(0) + p * PAGE, next.end(0) - 1));
     }
+    int height() const {  // of tiles for dots.h, as even as can be
+        const int tiles = (tile.rows + WIDTH - 1) / WIDTH;
+        return (tile.rows + tiles - 1) / tiles;
+    }
     int first_segment() const { return begin(0) / SEGMENT; }
     int end_segment() const { return (end(tile.rows - 1) - 1) / SEGMENT + 1; }
     bool sees(int row, int segment) const { return begin(row) < (segment + 1) * SEGMENT && end(row) > segment * SEGMENT; }
@@ -83,14 +90,14 @@ INLINE void scale(float *row, int chunks, float by) {
     for (int c = 0; c <= chunks; c++) store(row + c * WIDTH, load(row + c * WIDTH) * factor);
 }
 
-// The weights of a row's keys first ... end - 1 of a block, by their scores [64], in whose place they come. The row's
-// numbers are brought to its new greatest score.
-INLINE void weigh(float *scores, int first, int end, float *row, int chunks) {
+// The weights of a row's keys first ... end - 1 of a block, by their scores [64] times `by`, in whose place they come. The
+// row's numbers are brought to its new greatest score.
+INLINE void weigh(float *scores, float by, int first, int end, float *row, int chunks) {
     const int page = first / PAGE, stop = (end - 1) / PAGE + 1;
     Lanes s[BLOCK / PAGE];
     Lanes greatest = all(-INFINITY);
     for (int p = page; p < stop; p++) {
-        s[p] = load(scores + p * PAGE);
+        s[p] = load(scores + p * PAGE) * all(by);
         if (first > p * PAGE || end < (p + 1) * PAGE)
             s[p] = pick(between(std::max(0, first - p * PAGE), std::min(PAGE, end - p * PAGE)), s[p], all(-INFINITY));
         greatest = pick(greatest < s[p], s[p], greatest);
@@ -131,6 +138,7 @@ void attend_few(const Rows<T> &rows, const float *q, int start, int stop, Seen &
     const int chunks = job.chunks(), n = rows.tile.rows, origin = start / BLOCK * BLOCK;
     const int first = (start - origin) / PAGE, pages = (stop - origin - 1) / PAGE + 1;
     const long stride = job.stride(), width = chunks * WIDTH;
+    const float unit = job.score_unit();
     const T *keys[SEGMENT / PAGE + AHEAD], *values[SEGMENT / PAGE + AHEAD];
     for (int p = first; p < pages; p++) {
         const long at = rows.place(origin + p * PAGE);
@@ -141,7 +149,15 @@ void attend_few(const Rows<T> &rows, const float *q, int start, int stop, Seen &
         values[pages + p] = job.keys + rows.next_place(stop, p);
     }
     alignas(64) float scores[FEW * SEGMENT];
-    for (int p = first; p < pages; p += AHEAD)
+#if DOTS == 2
+    if constexpr (sizeof(T) == 2)
+        for (int p = first; job.dots() && p < pages; p += AHEAD) {
+            const int many = std::min(AHEAD, pages - p);
+            for (int i = 0; i < many; i++) call_in(keys[p + AHEAD + i], PAGE * job.dim);
+            dot_pages((const T *)q, n, rows.height(), keys + p, many, job.dim, scores + p * PAGE, SEGMENT);
+        }
+#endif
+    for (int p = first; !job.dots() && p < pages; p += AHEAD)
         by_groups(n, [&](auto with, int r) {
             score_pages<decltype(with)::value>(q + r * width, width, keys + p, keys + p + AHEAD, std::min(AHEAD, pages - p),
                                                job.dim, scores + r * SEGMENT + p * PAGE, SEGMENT);
@@ -152,7 +168,7 @@ void attend_few(const Rows<T> &rows, const float *q, int start, int stop, Seen &
         by_groups(n, [&](auto with, int r) {
             constexpr int M = decltype(with)::value;
             float *score = scores + r * SEGMENT + base - origin, *row = state + r * stride;
-            for (int i = 0; i < M; i++) weigh(score + i * SEGMENT, from, to, row + i * stride, chunks);
+            for (int i = 0; i < M; i++) weigh(score + i * SEGMENT, unit, from, to, row + i * stride, chunks);
             for (int at = from; at < to; at = at / PAGE * PAGE + PAGE) {
                 const int p = (base - origin + at) / PAGE, many = std::min(PAGE - at % PAGE, to - at);
                 add_values<M>(score + at, SEGMENT, values[p] + at % PAGE * job.dim, values[p + AHEAD], many, job.dim, row,
@@ -168,24 +184,35 @@ void attend_many(const Rows<T> &rows, const float *q, int base, int stop, const 
     const Job<T> &job = rows.job;
     const int chunks = job.chunks(), dim = job.dim, n = rows.tile.rows, last = seen.ends[n - 1];
     const long stride = job.stride(), width = chunks * WIDTH;
+    const float unit = job.score_unit();
     alignas(64) float k[BLOCK * MAX_DIM], v[BLOCK * MAX_DIM];
-    for (int p = seen.from[0] / PAGE; base + p * PAGE < std::min(base + BLOCK, stop); p++) {
+    const T *keys[BLOCK / PAGE];
+    const int first_page = seen.from[0] / PAGE;
+    int pages = first_page;
+    for (int p = first_page; base + p * PAGE < std::min(base + BLOCK, stop); p++) {
         const int at = base + p * PAGE;
         const long here = rows.place(at), next = rows.place(std::min(at + PAGE, stop - 1));
         call_in(job.keys + next, PAGE * dim);
         call_in(job.values + next, PAGE * dim);
-        widen_panel(job.keys + here, dim, k + p * PAGE * dim);
+        if (!job.dots()) widen_panel(job.keys + here, dim, k + p * PAGE * dim);
+        keys[p] = job.keys + here, pages = p + 1;
         widen_values(job.values + here, std::min(PAGE, last - at), dim, v + p * PAGE * WIDTH);
     }
+#if DOTS == 2
+    if constexpr (sizeof(T) == 2)
+        if (job.dots())
+            dot_pages((const T *)q, n, rows.height(), keys + first_page, pages - first_page, dim, scores + first_page * PAGE, BLOCK);
+#endif
     by_groups(n, [&](auto with, int r) {
         constexpr int M = decltype(with)::value;
         const int *from = seen.from + r, *to = seen.to + r;
         float *score = scores + r * BLOCK, *row = state + r * stride;
-        const int page = from[0] / PAGE, pages = (to[M - 1] + PAGE - 1) / PAGE - page;
-        if (pages <= 0) return;  // the last row sees the furthest
-        multiply_all<M, true>(q + r * width, width, k + page * PAGE * dim, PAGE * dim, pages, dim, score + page * PAGE, BLOCK);
+        const int page = from[0] / PAGE, many = (to[M - 1] + PAGE - 1) / PAGE - page;
+        if (many <= 0) return;  // the last row sees the furthest
+        if (!job.dots())
+            multiply_all<M, true>(q + r * width, width, k + page * PAGE * dim, PAGE * dim, many, dim, score + page * PAGE, BLOCK);
         for (int i = 0; i < M; i++)
-            if (from[i] < to[i]) weigh(score + i * BLOCK, from[i], to[i], row + i * stride, chunks);
+            if (from[i] < to[i]) weigh(score + i * BLOCK, unit, from[i], to[i], row + i * stride, chunks);
         // Keys that all see are taken by all at once, those before and after by each row.
         auto take = [&](auto with, int i, int first, int end) {
             if (first < end)
@@ -241,17 +268,21 @@ void merge(const Rows<T> &rows, int segment, float *state, float *into) {
     }
 }
 
-// The tile's queries as floats [rows][chunks * 16], scaled such that the weight of a score s is 2^s.
+// The tile's queries: floats [rows][chunks * 16], or for dots.h as they are [rows][dim], the last tile filled up.
 template <class T>
 void queries(const Rows<T> &rows, float *q) {
     const Job<T> &job = rows.job;
-    const Lanes scale = all(float(1.4426950408889634 / std::sqrt(double(job.dim))));
     for (int r = 0; r < rows.tile.rows; r++) {
         const T *from = job.q + (job.first_token[rows.tile.span] + rows.token(r)) * job.q_stride;
         from += long(rows.head(r)) * job.dim;
-        for (int c = 0; c * WIDTH < job.dim; c++, q += WIDTH)
-            store(q, load(from + c * WIDTH, job.dim - c * WIDTH) * scale);
+        if (job.dots())
+            memcpy((T *)q + r * job.dim, from, job.dim * sizeof(T));
+        else
+            for (int c = 0; c * WIDTH < job.dim; c++, q += WIDTH) store(q, load(from + c * WIDTH, job.dim - c * WIDTH));
     }
+    if (!job.dots()) return;
+    for (int r = rows.tile.rows; r % rows.height(); r++) std::fill_n((T *)q + r * job.dim, job.dim, T{});
+    if (has_tiles()) set_up_tiles(rows.height());
 }
 
 template <class T>
@@ -366,6 +397,7 @@ void team::attend(int is_bf16, const void *q, long q_stride, const void *keys, c
         Job<T> job{(const T *)q, q_stride, (const T *)keys, (const T *)values, slots,  tables,  max_pages, starts,
                    lengths,      heads,    kv_heads,        dim,               window, (T *)out};
         ::attend(job, spans, of_query, threads);
+        if (job.dots() && has_tiles()) let_tiles_go();
     };
     is_bf16 ? run(bf16{}) : run(float{});
 }

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "pairs.h"
+#include "dots.h"
 
 namespace {
 
@@ -115,6 +115,31 @@ INLINE void score(const float *q, long ldq, const T *const *keys, const T *const
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) store(scores + i * stride + p * WIDTH, s[i][p]);
 }
+
+#if DOTS == 2
+
+// The same by the instructions of dots.h: scores [n][16 of a page] of q [n][dim] in tiles of `height` rows, the last filled up,
+// dim a multiple of 32.
+INLINE void dot_pages(const bf16 *q, int n, int height, const bf16 *const *keys, int pages, int dim, float *scores, long stride) {
+#if TILES
+    if (has_tiles()) {
+        for (int row = 0; row < n; row += height, q += height * dim, scores += height * stride)
+            for (int p = 0; p < pages; p += 4) tile_by_panels(q, keys + p, pages - p, dim, scores + p * PAGE, stride);
+        return;
+    }
+#endif
+    for (int row = 0; row < n; row++) {
+        uint32_t words[MAX_DIM];
+        pair_up(q + row * dim, dim, dim, words);
+        for (int p = 0; p < pages; p++) {
+            Lanes sum = all(0.0f);
+            by_pairs<1, 1, false>(keys[p], 0, words, 0, dim, &sum, 1);
+            store(scores + row * stride + p * PAGE, sum);
+        }
+    }
+}
+
+#endif
 
 template <int M, class T>
 INLINE void score_pages(const float *q, long ldq, const T *const *keys, const T *const *next, int n, int dim, float *scores,

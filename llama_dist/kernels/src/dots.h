@@ -156,6 +156,34 @@ INLINE void by_tiles_of_rows(const bf16 *w, int64_t panel, const bf16 *x, int64_
     written();
 }
 
+// Up to four panels by a tile of rows of x, k apart, from nothing: sums [rows][panel][16], rows `stride` apart.
+INLINE void tile_by_panels(const bf16 *x, const bf16 *const *w, int panels, int64_t k, float *sums, int64_t stride) {
+    written();
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t at = 0; at < k; at += TOGETHER) {
+        _tile_loadd(4, x + at, k * 2);
+        _tile_loadd(6, w[0] + at * WIDTH, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (panels < 2) continue;
+        _tile_loadd(7, w[1] + at * WIDTH, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (panels < 3) continue;
+        _tile_loadd(6, w[2] + at * WIDTH, 64);
+        _tile_dpbf16ps(2, 4, 6);
+        if (panels < 4) continue;
+        _tile_loadd(7, w[3] + at * WIDTH, 64);
+        _tile_dpbf16ps(3, 4, 7);
+    }
+    _tile_stored(0, sums, stride * 4);
+    if (panels > 1) _tile_stored(1, sums + WIDTH, stride * 4);
+    if (panels > 2) _tile_stored(2, sums + 2 * WIDTH, stride * 4);
+    if (panels > 3) _tile_stored(3, sums + 3 * WIDTH, stride * 4);
+    written();
+}
+
 #else
 
 inline bool has_tiles() { return false; }
