@@ -40,7 +40,7 @@ FIRST = 4  # layers that are recorded by themselves: they run while the launch o
 Stream = tuple[torch.Tensor, ...]
 """The residual stream [n, dim], that normed for the layer that is next, and the angles' cosines and sines."""
 
-MOST = 64  # rows of a program: beyond, a call an operation costs next to nothing
+MOST = 2048  # rows of a program, as many as a tick has where nothing else is said; what is not used takes no memory
 
 
 class FeedForward(nn.Module):
