@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,21 @@ def need_kernels() -> None:
     if build.library() is None:
         reason = "no C++ kernels: no compiler, or it failed"
         pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+
+
+def instructions() -> str:
+    """What sums of bfloat16 depend on."""
+    return build.INSTRUCTIONS[build.function("instructions")()]
+
+
+def compiled_apart(path: Path, usual: Any, names: Sequence[str], *flags: str) -> Callable[[], Any]:
+    """In place of the function `usual` the same of sources of these names, compiled to `path` with `flags`."""
+    cxx = build.compiler()
+    assert cxx is not None
+    build.compile_to(path, cxx, [build.SOURCES / f"{name}.cpp" for name in names], *flags)
+    found = getattr(build.open_library(path), usual.__name__)
+    found.argtypes, found.restype = usual.argtypes, usual.restype
+    return lambda: found
 
 
 @contextmanager

@@ -14,7 +14,19 @@ import torch
 
 from llama_dist.kernels import attention
 from llama_dist.kernels.attention import PAGE_SIZE, attend, attend_twin
-from tests.kernel_cases import DTYPES, Part, Text, arguments, attended, need_kernels, same_bits, text, threads
+from tests.kernel_cases import (
+    DTYPES,
+    Part,
+    Text,
+    arguments,
+    attended,
+    compiled_apart,
+    instructions,
+    need_kernels,
+    same_bits,
+    text,
+    threads,
+)
 
 MAPS = ((0, 1, 2), (0, 0, 0, 0), (0, 0, 1, 1, 1, 1, 2, 2), (0, 1, 1, 2, 2, 2))
 """One head a KV head; one KV head for all; runs of heads that begin and end amid a KV head's readers."""
@@ -94,6 +106,22 @@ def test_bits_do_not_depend_on_which_heads_a_rank_holds(dtype: torch.dtype) -> N
         local = [of_query[i] - held.start for i in range(first, last)]
         found = attended([(mine, 190, 200)], local)[0].unflatten(1, (-1, 64))
         assert same_bits(found, whole[190:, first:last])
+
+
+@pytest.mark.parametrize(("head_dim", "window"), [(64, 0), (32, 30), (80, 0)])
+def test_amx_has_its_bits_without_its_tiles(
+    head_dim: int, window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As AVX-512 gives them where a process may not use AMX."""
+    if instructions() != "amx":
+        pytest.skip("needs a processor with AMX")
+    it, of_query = text(200, 9, 3, head_dim, torch.bfloat16), (0, 0, 0, 1, 1, 1, 2, 2, 2)
+    parts = [(it, 0, 200), (it, 77, 78), (it, 199, 200)]
+    usual = attended(parts, of_query, window)
+    apart = compiled_apart(tmp_path / "pairs.so", attention._compiled(), ["attention"], "-DTILES=0")
+    monkeypatch.setattr(attention, "_compiled", apart)
+    found = attended(parts, of_query, window)
+    assert all(map(same_bits, found, usual))
 
 
 @pytest.mark.parametrize("readers", [7, 12, 13, 71])

@@ -16,7 +16,16 @@ from llama_dist.quant import pack as packing
 from llama_dist.quant import product
 from llama_dist.quant.pack import pack, rows, unpack
 from llama_dist.quant.packed import EXACT, Packed, empty, together
-from tests.kernel_cases import DTYPES, askew, need_kernels, same_bits, threads, totals_of_runs
+from tests.kernel_cases import (
+    DTYPES,
+    askew,
+    compiled_apart,
+    instructions,
+    need_kernels,
+    same_bits,
+    threads,
+    totals_of_runs,
+)
 
 CPU = torch.device("cpu")
 SHAPES = (
@@ -183,18 +192,8 @@ def chain(numbers: torch.Tensor) -> torch.Tensor:
 PLAIN = build.INSTRUCTIONS[:2]
 
 
-def instructions() -> str:
-    return build.INSTRUCTIONS[build.function("instructions")()]
-
-
 def compiled(path: Path, *flags: str) -> Callable[[], Any]:
-    """The product of these sources, compiled with `flags`."""
-    cxx = build.compiler()
-    assert cxx is not None
-    build.compile_to(path, cxx, [build.SOURCES / f"{name}.cpp" for name in ("quantized", "panels")], *flags)
-    call: Any = build.open_library(path).llama_dist_quantized
-    call.argtypes = quantized._compiled().argtypes
-    return lambda: call
+    return compiled_apart(path, quantized._compiled(), ("quantized", "panels"), *flags)
 
 
 def everything() -> list[torch.Tensor]:

@@ -239,7 +239,7 @@ INLINE void multiplied(const Wide &x, int64_t ldx, int64_t at, const bf16 *w, in
 #endif
     const int64_t words = ldx / 2 * CHAINS;
     const uint32_t *pairs = (const uint32_t *)x.numbers.data() + at / 2 * CHAINS;
-    constexpr int MOST = P == 1 ? TILE : FEW_PAIRED;
+    constexpr int MOST = P == 4 ? FEW_PAIRED : P == 2 && DOTS == 2 ? TILE / 2 : TILE;
     by_tiles(x.rows, MOST, [&](auto with, int64_t row, int64_t t, int64_t) {
         constexpr int M = std::min(decltype(with)::value, MOST);
         t ? by_pairs<M, P, false>(w, panel, pairs + row * words, words, k, sums + row, x.room)
@@ -309,9 +309,9 @@ template <class W> void panels_from(const Job &job, const Wide &x, int64_t n, in
         for (int64_t i = 0; i < apart; i++) stripe<W, P>(job, x, n + i, apart, roots);
         n += apart * P, count -= apart * P;
     };
-    const bool tiles = x.height, one_tile = tiles && x.room == x.height;
+    const bool one_tile = x.height && x.room == x.height;
     if (x.rows <= (MULTIPLIED<W> ? FEW_PAIRED : 1) || one_tile) runs(std::integral_constant<int, 4>{});
-    if (x.rows <= 3 || tiles) runs(std::integral_constant<int, 2>{});
+    if (x.rows <= 3 || MULTIPLIED<W>) runs(std::integral_constant<int, 2>{});
     runs(std::integral_constant<int, 1>{});
 }
 
