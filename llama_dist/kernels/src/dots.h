@@ -108,10 +108,10 @@ inline void set_up_tiles(int64_t height) {
 inline void let_tiles_go() { _tile_release(); }
 
 // R tiles of rows of x, [k / 32][height][32] each and ldx apart, by P panels along k numbers, added to
-// sums[panel * stride + tile * height + row].
+// sums[panel * stride + tile * height + row], or in their place where they are fresh.
 template <int R, int P, bool CALL>
 INLINE void by_tiles_of_rows(const bf16 *w, int64_t panel, const bf16 *x, int64_t ldx, int64_t height, int64_t k, Lanes *sums,
-                             int64_t stride) {
+                             int64_t stride, bool fresh) {
     auto sum = [&](int i) { return sums + i % P * stride + i / P * height; };
     auto line = [&](int p) {
         const bf16 *from = w + p * panel;
@@ -120,11 +120,17 @@ INLINE void by_tiles_of_rows(const bf16 *w, int64_t panel, const bf16 *x, int64_
         return from;
     };
     written();
-    _tile_loadd(0, sum(0), 64);
-    if (R * P > 1) _tile_loadd(1, sum(1), 64);
-    if (R * P > 2) {
-        _tile_loadd(2, sum(2), 64);
-        _tile_loadd(3, sum(3), 64);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    if (!fresh) {
+        _tile_loadd(0, sum(0), 64);
+        if (R * P > 1) _tile_loadd(1, sum(1), 64);
+        if (R * P > 2) {
+            _tile_loadd(2, sum(2), 64);
+            _tile_loadd(3, sum(3), 64);
+        }
     }
     for (int64_t at = 0; at < k; at += TOGETHER, w += TOGETHER * WIDTH, x += height * TOGETHER) {
         _tile_loadd(4, x, 64);

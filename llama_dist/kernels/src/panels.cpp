@@ -116,9 +116,9 @@ struct Roots {
 
     void start(int64_t sums) { each = sums, size = 0; }
     Lanes *plane(int at) { return room.data() + at * each; }
-    Lanes *next() {  // where a unit's sums are to be added up
+    Lanes *next(bool zeros) {  // where a unit's sums are to be added up
         if (int64_t(room.size()) < (size + 1) * each) room.resize((size + 1) * each);
-        std::fill_n(plane(size), each, all(0.0f));
+        if (zeros) std::fill_n(plane(size), each, all(0.0f));
         return plane(size);
     }
     void push(int64_t unit) {
@@ -218,7 +218,8 @@ INLINE void put(const Job &job, int64_t plane, int64_t m, int64_t n, Lanes v) {
 // The same for all rows of `x`, from number `at` of each on.
 #if DOTS
 template <int P>
-INLINE void multiplied(const Wide &x, int64_t ldx, int64_t at, const bf16 *w, int64_t panel, int64_t k, Lanes *sums) {
+INLINE void multiplied(const Wide &x, int64_t ldx, int64_t at, const bf16 *w, int64_t panel, int64_t k, Lanes *sums,
+                       bool fresh) {
 #if TILES
     if (x.height) {
         const bf16 *numbers = (const bf16 *)x.numbers.data() + at * x.height;
@@ -226,7 +227,7 @@ INLINE void multiplied(const Wide &x, int64_t ldx, int64_t at, const bf16 *w, in
         auto some = [&](auto with, auto call, int64_t t) {
             constexpr int R = decltype(with)::value;
             by_tiles_of_rows<R, P, decltype(call)::value>(w, panel, numbers + t * tile, tile, x.height, k, sums + t * x.height,
-                                                          x.room);
+                                                          x.room, fresh);
         };
         constexpr std::integral_constant<int, 1> one;
         constexpr std::integral_constant<int, P == 4 ? 1 : 2> two;
@@ -257,11 +258,12 @@ template <class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, 
     const float *numbers = x.numbers.data();
     alignas(64) float room[K_BLOCK * WIDTH];
     roots.start(P * x.room);
-    Lanes *sums = roots.next();
+    const bool zeros = !x.height;  // tiles begin with zeros of their own
+    Lanes *sums = roots.next(zeros);
     for (int64_t u = 0; u < job.w.n_units; u++) {
 #if DOTS
         if constexpr (MULTIPLIED<W>) {
-            multiplied<P>(x, ldx, u * unit, w, apart * panel, unit, sums);
+            multiplied<P>(x, ldx, u * unit, w, apart * panel, unit, sums, !whole || !u);
             w += unit * WIDTH;
         }
 #endif
@@ -292,7 +294,7 @@ template <class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, 
         }
         if (whole && !FACTORS) continue;
         whole ? roots.add() : roots.push(job.first + u);
-        if (u + 1 < job.w.n_units) sums = roots.next();
+        if (u + 1 < job.w.n_units) sums = roots.next(zeros);
     }
     for (int plane = 0; plane < (whole ? 1 : roots.size); plane++)
         for (int p = 0; p < P; p++)
