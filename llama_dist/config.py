@@ -71,6 +71,10 @@ class ModelConfig:
             raise ConfigError(f"model config: head_dim {self.head_dim} is odd, rotary embedding needs pairs")
 
 
+TICK_TOKENS = {"cpu": 512, "cuda": 2048}
+"""By the kind of device: a CPU's activations stay in its caches."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """One run: which checkpoint, on what, how large. Every command's flags take their defaults from here.
@@ -126,7 +130,6 @@ class RunConfig:
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"--seed is {self.seed}, must be from 0 to 2**63 - 1")
 
-    @property
-    def tick_tokens(self) -> int:
-        """Tokens computed in one tick: `max_batch_tokens`, else 2048, or the batch size where that is larger."""
-        return self.max_batch_tokens or max(2048, self.max_batch_size)
+    def tick_tokens(self, device: str) -> int:
+        """Tokens computed in one tick: `max_batch_tokens`, else TICK_TOKENS, or the batch size where that is larger."""
+        return self.max_batch_tokens or max(TICK_TOKENS[device], self.max_batch_size)

@@ -185,7 +185,7 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
     scheduler = Scheduler(
         PageTable(n_pages, PAGE_SIZE),
         run.max_batch_size,
-        run.tick_tokens,
+        run.tick_tokens(world.device.type),
         checked.max_seq_len,
         run.prefix_caching and not model.rope.dynamic,
     )

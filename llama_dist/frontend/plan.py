@@ -93,7 +93,7 @@ def prepare(options: PlanOptions) -> Callable[[], int]:
     reader.close()
     dtype = pick_dtype(run, reader, torch.device("cuda"))
     length = run.max_seq_len or min(reader.config.max_position, DEFAULT_SEQ_LEN)
-    load = Load(run.max_batch_size, length, run.tick_tokens, LOGIT_ROWS)
+    load = Load(run.max_batch_size, length, run.tick_tokens("cuda"), LOGIT_ROWS)
     plans = [
         make_plan(reader.config, n, min(options.gpu_memory), load, dtype.itemsize, run.units, run.quantization)
         for n in options.gpus

@@ -31,8 +31,8 @@ struct Job {
     std::vector<int> readers, first_reader;  // the query heads in the order of their KV heads; where each one's begin
     std::vector<long> first_token;           // of each span
 
-    float score_unit() const { return float(1.4426950408889634 / std::sqrt(double(dim))); }  // of which 2^1 is the weight
-    // Whether scores are taken by the instructions of dots.h; queries stay as they are then.
+    float score_unit = float(1.4426950408889634 / std::sqrt(double(dim)));  // the weight of a score s is 2^(s * score_unit)
+    // Whether products are taken by the instructions of dots.h; queries stay as they are then.
     bool dots() const { return DOTS == 2 && sizeof(T) == 2 && dim % 32 == 0; }
     int chunks() const { return (dim + WIDTH - 1) / WIDTH; }
     int stride() const { return (chunks() + 2) * WIDTH; }
@@ -75,6 +75,7 @@ struct Rows {
         const int tiles = (tile.rows + WIDTH - 1) / WIDTH;
         return (tile.rows + tiles - 1) / tiles;
     }
+    int room() const { return (tile.rows + height() - 1) / height() * height(); }  // rows of whole tiles
     int first_segment() const { return begin(0) / SEGMENT; }
     int end_segment() const { return (end(tile.rows - 1) - 1) / SEGMENT + 1; }
     bool sees(int row, int segment) const { return begin(row) < (segment + 1) * SEGMENT && end(row) > segment * SEGMENT; }
@@ -90,9 +91,9 @@ INLINE void scale(float *row, int chunks, float by) {
     for (int c = 0; c <= chunks; c++) store(row + c * WIDTH, load(row + c * WIDTH) * factor);
 }
 
-// The weights of a row's keys first ... end - 1 of a block, by their scores [64] times `by`, in whose place they come. The
-// row's numbers are brought to its new greatest score.
-INLINE void weigh(float *scores, float by, int first, int end, float *row, int chunks) {
+// The weights of a row's keys first ... end - 1 of a block, by their scores [64] times `by`: take(page, weights). The row's
+// numbers are brought to its new greatest score.
+template <class Take> INLINE void weigh(const float *scores, float by, int first, int end, float *row, int chunks, Take take) {
     const int page = first / PAGE, stop = (end - 1) / PAGE + 1;
     Lanes s[BLOCK / PAGE];
     Lanes greatest = all(-INFINITY);
@@ -112,9 +113,14 @@ INLINE void weigh(float *scores, float by, int first, int end, float *row, int c
     for (int p = page; p < stop; p++) {
         const Lanes weights = exp2(s[p] - highest);
         total = total + weights;
-        store(scores + p * PAGE, weights);
+        take(p, weights);
     }
     store(total_of(row, chunks), total);
+}
+
+// The same, in place of the scores.
+INLINE void weigh(float *scores, float by, int first, int end, float *row, int chunks) {
+    weigh(scores, by, first, end, row, chunks, [=](int page, Lanes weights) { store(scores + page * PAGE, weights); });
 }
 
 // What a tile does block by block: its rows' keys of the block, from ... to - 1, none where to <= from.
@@ -138,7 +144,6 @@ void attend_few(const Rows<T> &rows, const float *q, int start, int stop, Seen &
     const int chunks = job.chunks(), n = rows.tile.rows, origin = start / BLOCK * BLOCK;
     const int first = (start - origin) / PAGE, pages = (stop - origin - 1) / PAGE + 1;
     const long stride = job.stride(), width = chunks * WIDTH;
-    const float unit = job.score_unit();
     const T *keys[SEGMENT / PAGE + AHEAD], *values[SEGMENT / PAGE + AHEAD];
     for (int p = first; p < pages; p++) {
         const long at = rows.place(origin + p * PAGE);
@@ -149,15 +154,7 @@ void attend_few(const Rows<T> &rows, const float *q, int start, int stop, Seen &
         values[pages + p] = job.keys + rows.next_place(stop, p);
     }
     alignas(64) float scores[FEW * SEGMENT];
-#if DOTS == 2
-    if constexpr (sizeof(T) == 2)
-        for (int p = first; job.dots() && p < pages; p += AHEAD) {
-            const int many = std::min(AHEAD, pages - p);
-            for (int i = 0; i < many; i++) call_in(keys[p + AHEAD + i], PAGE * job.dim);
-            dot_pages((const T *)q, n, rows.height(), keys + p, many, job.dim, scores + p * PAGE, SEGMENT);
-        }
-#endif
-    for (int p = first; !job.dots() && p < pages; p += AHEAD)
+    for (int p = first; p < pages; p += AHEAD)
         by_groups(n, [&](auto with, int r) {
             score_pages<decltype(with)::value>(q + r * width, width, keys + p, keys + p + AHEAD, std::min(AHEAD, pages - p),
                                                job.dim, scores + r * SEGMENT + p * PAGE, SEGMENT);
@@ -168,7 +165,7 @@ void attend_few(const Rows<T> &rows, const float *q, int start, int stop, Seen &
         by_groups(n, [&](auto with, int r) {
             constexpr int M = decltype(with)::value;
             float *score = scores + r * SEGMENT + base - origin, *row = state + r * stride;
-            for (int i = 0; i < M; i++) weigh(score + i * SEGMENT, unit, from, to, row + i * stride, chunks);
+            for (int i = 0; i < M; i++) weigh(score + i * SEGMENT, job.score_unit, from, to, row + i * stride, chunks);
             for (int at = from; at < to; at = at / PAGE * PAGE + PAGE) {
                 const int p = (base - origin + at) / PAGE, many = std::min(PAGE - at % PAGE, to - at);
                 add_values<M>(score + at, SEGMENT, values[p] + at % PAGE * job.dim, values[p + AHEAD], many, job.dim, row,
@@ -184,35 +181,24 @@ void attend_many(const Rows<T> &rows, const float *q, int base, int stop, const 
     const Job<T> &job = rows.job;
     const int chunks = job.chunks(), dim = job.dim, n = rows.tile.rows, last = seen.ends[n - 1];
     const long stride = job.stride(), width = chunks * WIDTH;
-    const float unit = job.score_unit();
     alignas(64) float k[BLOCK * MAX_DIM], v[BLOCK * MAX_DIM];
-    const T *keys[BLOCK / PAGE];
-    const int first_page = seen.from[0] / PAGE;
-    int pages = first_page;
-    for (int p = first_page; base + p * PAGE < std::min(base + BLOCK, stop); p++) {
+    for (int p = seen.from[0] / PAGE; base + p * PAGE < std::min(base + BLOCK, stop); p++) {
         const int at = base + p * PAGE;
         const long here = rows.place(at), next = rows.place(std::min(at + PAGE, stop - 1));
         call_in(job.keys + next, PAGE * dim);
         call_in(job.values + next, PAGE * dim);
-        if (!job.dots()) widen_panel(job.keys + here, dim, k + p * PAGE * dim);
-        keys[p] = job.keys + here, pages = p + 1;
+        widen_panel(job.keys + here, dim, k + p * PAGE * dim);
         widen_values(job.values + here, std::min(PAGE, last - at), dim, v + p * PAGE * WIDTH);
     }
-#if DOTS == 2
-    if constexpr (sizeof(T) == 2)
-        if (job.dots())
-            dot_pages((const T *)q, n, rows.height(), keys + first_page, pages - first_page, dim, scores + first_page * PAGE, BLOCK);
-#endif
     by_groups(n, [&](auto with, int r) {
         constexpr int M = decltype(with)::value;
         const int *from = seen.from + r, *to = seen.to + r;
         float *score = scores + r * BLOCK, *row = state + r * stride;
-        const int page = from[0] / PAGE, many = (to[M - 1] + PAGE - 1) / PAGE - page;
-        if (many <= 0) return;  // the last row sees the furthest
-        if (!job.dots())
-            multiply_all<M, true>(q + r * width, width, k + page * PAGE * dim, PAGE * dim, many, dim, score + page * PAGE, BLOCK);
+        const int page = from[0] / PAGE, pages = (to[M - 1] + PAGE - 1) / PAGE - page;
+        if (pages <= 0) return;  // the last row sees the furthest
+        multiply_all<M, true>(q + r * width, width, k + page * PAGE * dim, PAGE * dim, pages, dim, score + page * PAGE, BLOCK);
         for (int i = 0; i < M; i++)
-            if (from[i] < to[i]) weigh(score + i * BLOCK, unit, from[i], to[i], row + i * stride, chunks);
+            if (from[i] < to[i]) weigh(score + i * BLOCK, job.score_unit, from[i], to[i], row + i * stride, chunks);
         // Keys that all see are taken by all at once, those before and after by each row.
         auto take = [&](auto with, int i, int first, int end) {
             if (first < end)
@@ -227,7 +213,52 @@ void attend_many(const Rows<T> &rows, const float *q, int base, int stop, const 
     });
 }
 
-// The tile's rows over the keys of one segment, from nothing: `state` [rows][stride].
+#if DOTS == 2
+
+// Any rows over keys start ... stop - 1 of a segment by the instructions of dots.h; a weight is the sum of two bf16.
+void attend_dots(const Rows<bf16> &rows, const bf16 *q, int start, int stop, Seen &seen, float *state) {
+    const Job<bf16> &job = rows.job;
+    const int chunks = job.chunks(), dim = job.dim, n = rows.tile.rows, height = rows.height();
+    const long stride = job.stride();
+    alignas(64) float scores[ROWS * BLOCK];
+    alignas(64) bf16 panels[BLOCK * MAX_DIM], first[ROWS * BLOCK], second[ROWS * BLOCK];
+    auto nothing = [&](int row, int page, int stop) {
+        std::fill_n(first + row * BLOCK + page * PAGE, std::max(0, stop - page) * PAGE, bf16{});
+        std::fill_n(second + row * BLOCK + page * PAGE, std::max(0, stop - page) * PAGE, bf16{});
+    };
+    for (int r = n; r % height; r++) nothing(r, 0, BLOCK / PAGE);
+    const bf16 *keys[BLOCK / PAGE], *values[BLOCK / PAGE];
+    for (int base = start / BLOCK * BLOCK; base < stop; base += BLOCK) {
+        seen.block(base, n);
+        const int from = seen.from[0], to = seen.to[n - 1], page = from / PAGE, pages = (to + PAGE - 1) / PAGE;
+        for (int p = page; p < pages; p++) {
+            const int ahead = base + BLOCK + p * PAGE;
+            const long here = rows.place(base + p * PAGE), next = ahead < stop ? rows.place(ahead) : rows.next_place(stop, p);
+            keys[p] = job.keys + here, values[p] = job.values + here;
+            call_in(job.keys + next, PAGE * dim);
+            call_in(job.values + next, PAGE * dim);
+        }
+        dot_pages(q, n, height, keys + page, pages - page, dim, scores + page * PAGE, BLOCK);
+        for (int r = 0; r < n; r++) {
+            if (seen.from[r] >= seen.to[r]) {
+                nothing(r, 0, BLOCK / PAGE);
+                continue;
+            }
+            nothing(r, 0, seen.from[r] / PAGE);
+            nothing(r, (seen.to[r] + PAGE - 1) / PAGE, BLOCK / PAGE);
+            weigh(scores + r * BLOCK, job.score_unit, seen.from[r], seen.to[r], state + r * stride, chunks,
+                  [&](int p, Lanes weights) {
+                      halve(weights, first + r * BLOCK + p * PAGE, second + r * BLOCK + p * PAGE);
+                  });
+        }
+        pair_values(values, from, to, dim, panels);
+        dot_values(first, second, n, height, panels, from, to, dim, state, stride);
+    }
+}
+
+#endif
+
+// The tile's rows over the keys of one segment, from nothing: `state` [rows][stride], room for whole tiles.
 template <class T>
 void attend_segment(const Rows<T> &rows, const float *q, int segment, float *state) {
     const Job<T> &job = rows.job;
@@ -240,6 +271,10 @@ void attend_segment(const Rows<T> &rows, const float *q, int segment, float *sta
     Seen seen(rows);
     const bool few = n <= FEW && rows.token(0) == rows.token(n - 1) && job.dim % WIDTH == 0;
     const int stop = std::min(seen.ends[n - 1], (segment + 1) * SEGMENT);
+#if DOTS == 2
+    if constexpr (sizeof(T) == 2)
+        if (job.dots()) return attend_dots(rows, (const T *)q, std::max(segment * SEGMENT, seen.begins[0]), stop, seen, state);
+#endif
     if (few) return attend_few(rows, q, std::max(segment * SEGMENT, seen.begins[0]), stop, seen, state);
     alignas(64) float scores[ROWS * BLOCK];
     for (int base = std::max(segment * SEGMENT, seen.begins[0] / BLOCK * BLOCK); base < stop; base += BLOCK) {
@@ -322,7 +357,7 @@ void attend_shared(const Job<T> &job, const std::vector<Tile> &tiles) {
     for (int t = 0; t < int(tiles.size()); t++) {
         Rows<T> rows(job, tiles[t]);
         first_piece.push_back(int(pieces.size()));
-        for (int s = rows.first_segment(); s < rows.end_segment(); s++, size += tiles[t].rows * long(job.stride()))
+        for (int s = rows.first_segment(); s < rows.end_segment(); s++, size += rows.room() * long(job.stride()))
             pieces.push_back({t, s, size});
     }
     first_piece.push_back(int(pieces.size()));
