@@ -22,7 +22,7 @@ SHARED_HELP: Mapping[str, str] = {
     "tokenizer_path": "tokenizer file; default: what lies in the checkpoint directory",
     "max_seq_len": "longest sequence in tokens, prompt and answer; default: the model's own, at most 4096",
     "max_batch_size": "sequences computed at once",
-    "max_batch_tokens": "tokens computed in one tick, prompts and answers; default: 2048, CPU 512, or the batch size if more",
+    "max_batch_tokens": "tokens of one tick, prompts and answers; default: 2048, CPU 512, or the batch size if more",
     "kv_cache_memory": "memory of a rank's cache of keys and values, such as 4GB; default: what is left",
     "prefix_caching": "compute beginnings that several prompts share only once",
     "model_parallel_size": "ranks that share one copy of the model; default: all; fewer make replicas",
