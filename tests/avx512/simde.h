@@ -96,6 +96,15 @@ inline __m512 dot_pairs(__m512 sums, __m512bh a, __m512bh b) {
     return sums;
 }
 
+// Sixteen floats as bfloat16, to the nearest, ties to even; below the normal numbers zero.
+inline __m256i bf16_of(__m512 x) {
+    return each<16, uint16_t, uint32_t, __m256i>(x, [](uint32_t bits) -> uint32_t {
+        if ((bits & 0x7fffffffu) > 0x7f800000u) return bits >> 16 | 0x40;
+        if ((bits & 0x7f800000u) == 0) return bits >> 16 & 0x8000u;
+        return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+    });
+}
+
 }  // namespace lanes_by_hand
 
 #undef _mm512_maskz_loadu_ps
@@ -104,6 +113,8 @@ inline __m512 dot_pairs(__m512 sums, __m512bh a, __m512bh b) {
 #define _mm512_cvtepi32_epi16 lanes_by_hand::narrow16
 #define _mm512_cvtepi32_ps lanes_by_hand::floats
 #define _mm512_srai_epi32 lanes_by_hand::shifted
+#undef _mm512_cvtneps_pbh
+#define _mm512_cvtneps_pbh lanes_by_hand::bf16_of
 #undef _mm512_dpbf16_ps
 #define _mm512_dpbf16_ps lanes_by_hand::dot_pairs
 #define _mm512_reduce_max_ps lanes_by_hand::greatest

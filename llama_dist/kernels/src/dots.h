@@ -37,6 +37,9 @@ constexpr int TOGETHER = 32;             // numbers along K that AMX takes at a 
 constexpr int64_t CALLED = 4096;         // bytes of weights called into the second cache before they are read
 constexpr int CHAINS = DOTS == 2 ? 2 : 1;  // sums of a row that run side by side, and words of x for a pair of numbers
 
+// Sixteen numbers as bf16; one below the normal numbers becomes zero.
+INLINE void narrow(bf16 *p, Lanes a) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
+
 // n numbers of x, then zeros up to `room`, as words that meet pairs of weights.
 INLINE void pair_up(const bf16 *x, int64_t n, int64_t room, uint32_t *to) {
     for (int64_t at = 0; at < room; at += 2, to += CHAINS) {

@@ -209,10 +209,24 @@ template <class Call> INLINE void by_tiles(int64_t rows, int64_t most, Call call
     }
 }
 
-INLINE void put(const Job &job, int64_t plane, int64_t m, int64_t n, Lanes v) {
-    const int64_t left = job.n - n, at = plane * job.plane + m * job.ldy + n;
-    if (job.bias) v = v + job.numbers(job.bias, n, left);
-    job.y_f32 || !job.is_bf16 ? store((float *)job.y + at, v, left) : store((bf16 *)job.y + at, v, left);
+template <class W, class To> INLINE void put(To *to, Lanes v, int64_t left) {
+#if DOTS
+    if constexpr (MULTIPLIED<W> && sizeof(To) == 2)
+        if (left >= WIDTH) return narrow(to, v);
+#endif
+    store(to, v, left);
+}
+
+// Sums [panel][room] of the rows of `x` -> a plane of y, from panel n on.
+template <class W, int P, class To>
+void put_rows(const Job &job, const Wide &x, int64_t n, int64_t apart, const Lanes *sums, To *y) {
+    for (int64_t i = 0; i < x.rows; i++)
+        for (int p = 0; p < P; p++) {
+            const int64_t at = (n + p * apart) * WIDTH, left = job.n - at;
+            Lanes v = sums[p * x.room + i];
+            if (job.bias) v = v + job.numbers(job.bias, at, left);
+            put<W>(y + (x.m + i) * job.ldy + at, v, left);
+        }
 }
 
 // The same for all rows of `x`, from number `at` of each on.
@@ -296,10 +310,13 @@ template <class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, 
         whole ? roots.add() : roots.push(job.first + u);
         if (u + 1 < job.w.n_units) sums = roots.next(zeros);
     }
-    for (int plane = 0; plane < (whole ? 1 : roots.size); plane++)
-        for (int p = 0; p < P; p++)
-            for (int64_t i = 0; i < x.rows; i++)
-                put(job, plane, x.m + i, (n + p * apart) * WIDTH, roots.plane(plane)[p * x.room + i]);
+    for (int plane = 0; plane < (whole ? 1 : roots.size); plane++) {
+        const int64_t at = plane * job.plane;
+        if (job.y_f32 || !job.is_bf16)
+            put_rows<W, P>(job, x, n, apart, roots.plane(plane), (float *)job.y + at);
+        else
+            put_rows<W, P>(job, x, n, apart, roots.plane(plane), (bf16 *)job.y + at);
+    }
 }
 
 // The rows of `x` by `count` panels from panel n on. Several at once are not neighbours: each goes through a run of its own,
