@@ -80,5 +80,10 @@ def environment(**more: str) -> dict[str, str]:
     return {**env, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
+def paced(seconds: float) -> dict[str, str]:
+    """The environment in which each step takes `seconds` longer, on a machine of any speed: to be stopped midway."""
+    return {"PYTHONPATH": f"{ROOT / 'tests' / 'paced'}{os.pathsep}{ROOT}", "STEP_SECONDS": str(seconds)}
+
+
 def errors(log: str) -> list[str]:
     return [line for line in log.splitlines() if line.startswith("llama_dist: error:")]

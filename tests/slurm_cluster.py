@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster_jobs import paced
 from tests.spmd import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +105,7 @@ class Cluster:
         (self.folder / "state").mkdir()
         foreign = re.compile("SLURM_|RANK$|WORLD_SIZE$|MASTER_|OMP_|NPROC_")
         self.env = {k: v for k, v in os.environ.items() if not foreign.match(k)}
-        self.env |= {"SLURM_CONF": f"{self.folder}/slurm.conf", "PATH": SEARCH, "PYTHONPATH": str(ROOT)}
+        self.env |= {"SLURM_CONF": f"{self.folder}/slurm.conf", "PATH": SEARCH, **paced(0.002)}
         self._daemons: list[subprocess.Popen[bytes]] = []
         try:
             self._start()

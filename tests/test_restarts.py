@@ -14,7 +14,7 @@ import pytest
 
 from llama_dist.errors import ConfigError
 from llama_dist.parallel.launch import check_launch, read_launch
-from tests.cluster_jobs import Job, environment, errors
+from tests.cluster_jobs import Job, environment, errors, paced
 from tests.conftest import Saver
 from tests.spmd import free_port
 
@@ -51,7 +51,7 @@ def test_killed_ranks_are_started_again_and_finish(tiny: Path, tmp_path: Path, p
     log = tmp_path / "log"
     with log.open("w") as out:
         command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=2", "-m", "llama_dist", *job.flags]
-        process = subprocess.Popen(command, env=environment(), stdout=out, stderr=out)
+        process = subprocess.Popen(command, env=environment(**paced(0.005)), stdout=out, stderr=out)
     try:
         before = 0
         for attempt, victim in enumerate((1, 0)):
