@@ -197,7 +197,7 @@ def test_the_time_limit_is_foreseen(slurm: Cluster, tiny: str, whole: dict[int, 
     job = Job(slurm, tiny, tmp_path, 960, "--grace=25", "--max_batch_size=1")
     job.command.remove("--grace=3")
     job.command.remove("--max_batch_size=4")
-    number = job.submit("--time=1", "--signal=B:URG@1", NPROC_PER_NODE="2")
+    number = job.submit("--time=1", "--signal=B:URG@1", NPROC_PER_NODE="2", STEP_SECONDS="0.0005")
 
     def stopped_midway() -> bool:  # a start that took all of the time answers nothing, and has its time again
         found = job.status()
