@@ -229,7 +229,7 @@ void put_rows(const Job &job, const Wide &x, int64_t n, int64_t apart, const Lan
         }
 }
 
-// The same for all rows of `x`, from number `at` of each on.
+// All rows of `x`, from number `at` of each on, by P panels, by the instructions of dots.h; fresh sums are not added to.
 #if DOTS
 template <int P>
 INLINE void multiplied(const Wide &x, int64_t ldx, int64_t at, const bf16 *w, int64_t panel, int64_t k, Lanes *sums,
