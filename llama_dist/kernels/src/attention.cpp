@@ -3,93 +3,11 @@
 //
 // A score is one chain of products along the head, a value one along the keys. So a row's bits follow from its query, its
 // keys and their positions, however rows are tiled and dealt to threads.
-#include <algorithm>
-#include <cmath>
-#include <vector>
-
+#include "attention_dots.h"
 #include "attention_tiles.h"
 #include "team.h"
 
 namespace {
-
-constexpr int SEGMENT = 512;  // keys, after which partial results are merged: threads may share a long sequence
-constexpr int ROWS = 48;      // of a tile: they share each block's keys and values, which are widened once
-constexpr int FEW = 12;       // rows of one token; more of them share what is widened
-constexpr int AHEAD = BLOCK / PAGE;  // pages that are called into the cache before they are read
-
-template <class T>
-struct Job {
-    const T *q;  // [n, heads, dim], rows q_stride apart
-    long q_stride;
-    const T *keys, *values;  // [kv_heads][slots / 16] of panels of sixteen keys, and of rows [16][dim]
-    long slots;
-    const int *tables;  // [spans, max_pages]
-    int max_pages;
-    const int *starts, *lengths;
-    int heads, kv_heads, dim, window;
-    T *out;  // [n, heads, dim]
-    std::vector<int> readers, first_reader;  // the query heads in the order of their KV heads; where each one's begin
-    std::vector<long> first_token;           // of each span
-
-    float score_unit = float(1.4426950408889634 / std::sqrt(double(dim)));  // the weight of a score s is 2^(s * score_unit)
-    // Whether products are taken by the instructions of dots.h; queries stay as they are then.
-    bool dots() const { return DOTS == 2 && sizeof(T) == 2 && dim % 32 == 0; }
-    int chunks() const { return (dim + WIDTH - 1) / WIDTH; }
-    int stride() const { return (chunks() + 2) * WIDTH; }
-};
-
-// `rows` rows of one span and KV head: row i is reader i % readers of token i / readers.
-struct Tile {
-    int span, kv_head, first, rows;
-};
-
-// A tile with what is asked of each row: its token's position, and the first key that it sees.
-template <class T>
-struct Rows {
-    const Job<T> &job;
-    const Tile &tile;
-    const Tile *after;  // what this thread is likely to take next
-    int n_readers;
-
-    Rows(const Job<T> &job, const Tile &tile, const Tile *after = nullptr)
-        : job(job),
-          tile(tile),
-          after(after),
-          n_readers(job.first_reader[tile.kv_head + 1] - job.first_reader[tile.kv_head]) {}
-    int token(int row) const { return (tile.first + row) / n_readers; }
-    int head(int row) const { return job.readers[job.first_reader[tile.kv_head] + (tile.first + row) % n_readers]; }
-    int end(int row) const { return job.starts[tile.span] + token(row) + 1; }
-    int begin(int row) const { return job.window ? std::max(0, end(row) - job.window) : 0; }
-    long place(int position) const {  // in keys and values, of the page that holds a position
-        const long page = job.tables[long(tile.span) * job.max_pages + position / PAGE];
-        return (tile.kv_head * job.slots + page * PAGE) * job.dim;
-    }
-    // The same of page `p` of what this thread is likely to read after the keys up to `stop`.
-    long next_place(int stop, int p) const {
-        if (!after) return place(stop - 1);
-        if (stop < end(0)) return place(std::min(stop + p * PAGE, end(0) - 1));
-        const Rows next(job, *after);
-        return next.place(std::min(next.begin(0) + p * PAGE, next.end(0) - 1));
-    }
-    int height() const {  // of tiles for dots.h, as even as can be
-        const int tiles = (tile.rows + WIDTH - 1) / WIDTH;
-        return (tile.rows + tiles - 1) / tiles;
-    }
-    int room() const { return (tile.rows + height() - 1) / height() * height(); }  // rows of whole tiles
-    int first_segment() const { return begin(0) / SEGMENT; }
-    int end_segment() const { return (end(tile.rows - 1) - 1) / SEGMENT + 1; }
-    bool sees(int row, int segment) const { return begin(row) < (segment + 1) * SEGMENT && end(row) > segment * SEGMENT; }
-};
-
-// The running numbers of a row: the weighted values [chunks * 16], the sum of weights in 16 lanes, the greatest score.
-INLINE float *total_of(float *row, int chunks) { return row + chunks * WIDTH; }
-INLINE float &most_of(float *row, int chunks) { return row[(chunks + 1) * WIDTH]; }
-
-// values and total of a row times 2^by
-INLINE void scale(float *row, int chunks, float by) {
-    Lanes factor = exp2(all(by));
-    for (int c = 0; c <= chunks; c++) store(row + c * WIDTH, load(row + c * WIDTH) * factor);
-}
 
 // The weights of a row's keys first ... end - 1 of a block, by their scores [64] times `by`: take(page, weights). The row's
 // numbers are brought to its new greatest score.
@@ -122,19 +40,6 @@ template <class Take> INLINE void weigh(const float *scores, float by, int first
 INLINE void weigh(float *scores, float by, int first, int end, float *row, int chunks) {
     weigh(scores, by, first, end, row, chunks, [=](int page, Lanes weights) { store(scores + page * PAGE, weights); });
 }
-
-// What a tile does block by block: its rows' keys of the block, from ... to - 1, none where to <= from.
-struct Seen {
-    int begins[ROWS], ends[ROWS], from[ROWS], to[ROWS];
-
-    template <class T>
-    explicit Seen(const Rows<T> &rows) {
-        for (int r = 0; r < rows.tile.rows; r++) begins[r] = rows.begin(r), ends[r] = rows.end(r);
-    }
-    void block(int base, int n) {
-        for (int r = 0; r < n; r++) from[r] = std::max(begins[r] - base, 0), to[r] = std::min(ends[r] - base, BLOCK);
-    }
-};
 
 // One token's few rows over keys start ... stop - 1 of a segment, read as they lie in the cache: first all keys, then all
 // values, page by page, so that memory is read in one stream.
@@ -213,69 +118,24 @@ void attend_many(const Rows<T> &rows, const float *q, int base, int stop, const 
     });
 }
 
-#if DOTS == 2
-
-// Any rows over keys start ... stop - 1 of a segment by the instructions of dots.h; a weight is the sum of two bf16.
-void attend_dots(const Rows<bf16> &rows, const bf16 *q, int start, int stop, Seen &seen, float *state) {
-    const Job<bf16> &job = rows.job;
-    const int chunks = job.chunks(), dim = job.dim, n = rows.tile.rows, height = rows.height();
-    const long stride = job.stride();
-    alignas(64) float scores[ROWS * BLOCK];
-    alignas(64) bf16 panels[BLOCK * MAX_DIM], first[ROWS * BLOCK], second[ROWS * BLOCK];
-    auto nothing = [&](int row, int page, int stop) {
-        std::fill_n(first + row * BLOCK + page * PAGE, std::max(0, stop - page) * PAGE, bf16{});
-        std::fill_n(second + row * BLOCK + page * PAGE, std::max(0, stop - page) * PAGE, bf16{});
-    };
-    for (int r = n; r % height; r++) nothing(r, 0, BLOCK / PAGE);
-    const bf16 *keys[BLOCK / PAGE], *values[BLOCK / PAGE];
-    for (int base = start / BLOCK * BLOCK; base < stop; base += BLOCK) {
-        seen.block(base, n);
-        const int from = seen.from[0], to = seen.to[n - 1], page = from / PAGE, pages = (to + PAGE - 1) / PAGE;
-        for (int p = page; p < pages; p++) {
-            const int ahead = base + BLOCK + p * PAGE;
-            const long here = rows.place(base + p * PAGE), next = ahead < stop ? rows.place(ahead) : rows.next_place(stop, p);
-            keys[p] = job.keys + here, values[p] = job.values + here;
-            call_in(job.keys + next, PAGE * dim);
-            call_in(job.values + next, PAGE * dim);
-        }
-        dot_pages(q, n, height, keys + page, pages - page, dim, scores + page * PAGE, BLOCK);
-        for (int r = 0; r < n; r++) {
-            if (seen.from[r] >= seen.to[r]) {
-                nothing(r, 0, BLOCK / PAGE);
-                continue;
-            }
-            nothing(r, 0, seen.from[r] / PAGE);
-            nothing(r, (seen.to[r] + PAGE - 1) / PAGE, BLOCK / PAGE);
-            weigh(scores + r * BLOCK, job.score_unit, seen.from[r], seen.to[r], state + r * stride, chunks,
-                  [&](int p, Lanes weights) {
-                      halve(weights, first + r * BLOCK + p * PAGE, second + r * BLOCK + p * PAGE);
-                  });
-        }
-        pair_values(values, from, to, dim, panels);
-        dot_values(first, second, n, height, panels, from, to, dim, state, stride);
-    }
-}
-
-#endif
-
 // The tile's rows over the keys of one segment, from nothing: `state` [rows][stride], room for whole tiles.
 template <class T>
 void attend_segment(const Rows<T> &rows, const float *q, int segment, float *state) {
     const Job<T> &job = rows.job;
     const int chunks = job.chunks(), n = rows.tile.rows;
+    Seen seen(rows);
+    const int start = std::max(segment * SEGMENT, seen.begins[0]), stop = std::min(seen.ends[n - 1], (segment + 1) * SEGMENT);
+#if DOTS == 2
+    if constexpr (sizeof(T) == 2)
+        if (job.dots()) return attend_dots(rows, (const T *)q, start, stop, seen, state);
+#endif
     for (int r = 0; r < n; r++) {
         float *row = state + r * job.stride();
         std::fill(row, row + (chunks + 1) * WIDTH, 0.0f);
         most_of(row, chunks) = -INFINITY;
     }
-    Seen seen(rows);
-    const bool few = n <= FEW && rows.token(0) == rows.token(n - 1) && job.dim % WIDTH == 0;
-    const int stop = std::min(seen.ends[n - 1], (segment + 1) * SEGMENT);
-#if DOTS == 2
-    if constexpr (sizeof(T) == 2)
-        if (job.dots()) return attend_dots(rows, (const T *)q, std::max(segment * SEGMENT, seen.begins[0]), stop, seen, state);
-#endif
-    if (few) return attend_few(rows, q, std::max(segment * SEGMENT, seen.begins[0]), stop, seen, state);
+    if (n <= FEW && rows.token(0) == rows.token(n - 1) && job.dim % WIDTH == 0)
+        return attend_few(rows, q, start, stop, seen, state);
     alignas(64) float scores[ROWS * BLOCK];
     for (int base = std::max(segment * SEGMENT, seen.begins[0] / BLOCK * BLOCK); base < stop; base += BLOCK) {
         seen.block(base, n);
@@ -285,21 +145,21 @@ void attend_segment(const Rows<T> &rows, const float *q, int segment, float *sta
 
 // What a tile's rows hold after one segment, merged into what they hold of those before it.
 template <class T>
-void merge(const Rows<T> &rows, int segment, float *state, float *into) {
+void merge(const Rows<T> &rows, int segment, const float *state, float *into) {
     const int chunks = rows.job.chunks();
-    const long stride = rows.job.stride();
-    for (int r = 0; r < rows.tile.rows; r++) {
-        float *from = state + r * stride, *to = into + r * stride;
-        if (!rows.sees(r, segment)) continue;
-        if (segment == rows.begin(r) / SEGMENT) {
-            std::copy(from, from + stride, to);
+    const Seen seen(rows);
+    for (int r = 0; r < rows.tile.rows; r++, state += rows.job.stride(), into += rows.job.stride()) {
+        const int first = seen.begins[r] / SEGMENT;
+        if (first > segment || seen.ends[r] <= segment * SEGMENT) continue;
+        if (first == segment) {
+            std::copy(state, state + rows.job.stride(), into);
             continue;
         }
-        const float most = std::max(most_of(from, chunks), most_of(to, chunks));
-        scale(from, chunks, most_of(from, chunks) - most);
-        scale(to, chunks, most_of(to, chunks) - most);
-        for (int c = 0; c <= chunks; c++) store(to + c * WIDTH, load(to + c * WIDTH) + load(from + c * WIDTH));
-        most_of(to, chunks) = most;
+        const float before = most_of(into, chunks), now = most_of(state, chunks), most = std::max(before, now);
+        const Lanes keep = exp2(all(before - most)), take = exp2(all(now - most));
+        for (int c = 0; c <= chunks; c++)
+            store(into + c * WIDTH, load(into + c * WIDTH) * keep + load(state + c * WIDTH) * take);
+        most_of(into, chunks) = most;
     }
 }
 
@@ -307,37 +167,40 @@ void merge(const Rows<T> &rows, int segment, float *state, float *into) {
 template <class T>
 void queries(const Rows<T> &rows, float *q) {
     const Job<T> &job = rows.job;
-    for (int r = 0; r < rows.tile.rows; r++) {
-        const T *from = job.q + (job.first_token[rows.tile.span] + rows.token(r)) * job.q_stride;
-        from += long(rows.head(r)) * job.dim;
+    rows.each([&](int row, long token, int head) {
+        const T *from = job.q + token * job.q_stride + long(head) * job.dim;
         if (job.dots())
-            memcpy((T *)q + r * job.dim, from, job.dim * sizeof(T));
+            memcpy((T *)q + row * job.dim, from, job.dim * sizeof(T));
         else
             for (int c = 0; c * WIDTH < job.dim; c++, q += WIDTH) store(q, load(from + c * WIDTH, job.dim - c * WIDTH));
-    }
+    });
     if (!job.dots()) return;
-    for (int r = rows.tile.rows; r % rows.height(); r++) std::fill_n((T *)q + r * job.dim, job.dim, T{});
+    std::fill_n((T *)q + rows.tile.rows * job.dim, (rows.room() - rows.tile.rows) * job.dim, T{});
     if (has_tiles()) set_up_tiles(rows.height());
 }
 
 template <class T>
-void finish(const Rows<T> &rows, float *state) {
+void finish(const Rows<T> &rows, const float *state) {
     const Job<T> &job = rows.job;
     const int chunks = job.chunks();
-    for (int r = 0; r < rows.tile.rows; r++, state += job.stride()) {
-        T *to = job.out + ((job.first_token[rows.tile.span] + rows.token(r)) * job.heads + rows.head(r)) * job.dim;
-        const Lanes total = all(sum(load(total_of(state, chunks))));
-        for (int c = 0; c < chunks; c++) store(to + c * WIDTH, load(state + c * WIDTH) / total, job.dim - c * WIDTH);
-    }
+    rows.each([&](int, long token, int head) {
+        T *to = job.out + (token * job.heads + head) * job.dim;
+        const Lanes factor = all(1.0f / sum(load(state + chunks * WIDTH)));
+        for (int c = 0; c < chunks; c++) store(to + c * WIDTH, load(state + c * WIDTH) * factor, job.dim - c * WIDTH);
+        state += job.stride();
+    });
 }
 
-constexpr int STATE = ROWS * (MAX_DIM + 2 * WIDTH);
+constexpr int STATE = MOST_ROWS * (MAX_DIM + 2 * WIDTH);
+constexpr int QUERIES = std::max(ROWS * MAX_DIM, MOST_ROWS * MAX_DIM / 2);  // floats
 
 template <class T>
 void attend_tile(const Rows<T> &rows) {
-    alignas(64) float q[ROWS * MAX_DIM], part[STATE], state[STATE];
+    alignas(64) float q[QUERIES], part[STATE], state[STATE];
     queries(rows, q);
-    for (int s = rows.first_segment(); s < rows.end_segment(); s++) {
+    const int first = rows.first_segment();
+    attend_segment(rows, q, first, state);
+    for (int s = first + 1; s < rows.end_segment(); s++) {
         attend_segment(rows, q, s, part);
         merge(rows, s, part, state);
     }
@@ -366,7 +229,7 @@ void attend_shared(const Job<T> &job, const std::vector<Tile> &tiles) {
     states = new float[size];
 #pragma omp for schedule(dynamic)
     for (int i = 0; i < int(pieces.size()); i++) {
-        alignas(64) float q[ROWS * MAX_DIM];
+        alignas(64) float q[QUERIES];
         Rows<T> rows(job, tiles[pieces[i].tile]);
         queries(rows, q);
         attend_segment(rows, q, pieces[i].segment, states + pieces[i].state);
@@ -400,7 +263,8 @@ void attend(Job<T> &job, int spans, const int *of_query, int threads) {
         shared |= job.starts[i] + job.lengths[i] > SEGMENT;
         for (int h = 0; h < job.kv_heads; h++) {
             const int rows = job.lengths[i] * (job.first_reader[h + 1] - job.first_reader[h]);
-            for (int first = 0; first < rows; first += ROWS) tiles.push_back({i, h, first, std::min(ROWS, rows - first)});
+            for (int first = 0; first < rows; first += job.rows())
+                tiles.push_back({i, h, first, std::min(job.rows(), rows - first)});
         }
     }
     if (shared && threads > 1 && int(tiles.size()) < 4 * threads) return attend_shared(job, tiles);

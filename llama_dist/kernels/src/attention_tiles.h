@@ -2,16 +2,12 @@
 // score, along the keys for a value, whatever rows are taken together.
 #pragma once
 
-#include <algorithm>
 #include <type_traits>
 
-#include "dots.h"
+#include "attention_rows.h"
 
 namespace {
 
-constexpr int PAGE = WIDTH;
-constexpr int BLOCK = 64;  // keys whose scores are weighed at once
-constexpr int MAX_DIM = 256;
 constexpr int GROUP = 6;  // rows whose sums are in registers
 
 // The same pointer, though the compiler does not know: what is read through it takes no register for longer than it is used.
@@ -115,83 +111,6 @@ INLINE void score(const float *q, long ldq, const T *const *keys, const T *const
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) store(scores + i * stride + p * WIDTH, s[i][p]);
 }
-
-#if DOTS == 2
-
-// The same by the instructions of dots.h: scores [n][16 of a page] of q [n][dim] in tiles of `height` rows, the last filled up,
-// dim a multiple of 32.
-INLINE void dot_pages(const bf16 *q, int n, int height, const bf16 *const *keys, int pages, int dim, float *scores, long stride) {
-#if TILES
-    if (has_tiles()) {
-        for (int row = 0; row < n; row += height, q += height * dim, scores += height * stride)
-            for (int p = 0; p < pages; p += 4) tile_by_panels(q, keys + p, pages - p, dim, scores + p * PAGE, stride);
-        return;
-    }
-#endif
-    for (int row = 0; row < n; row++) {
-        uint32_t words[MAX_DIM];
-        pair_up(q + row * dim, dim, dim, words);
-        for (int p = 0; p < pages; p++) {
-            Lanes sum = all(0.0f);
-            by_pairs<1, 1, false>(keys[p], 0, words, 0, dim, &sum, 1);
-            store(scores + row * stride + p * PAGE, sum);
-        }
-    }
-}
-
-// Values of keys from ... to - 1 of a block, rows of dim in pages, as panels [32 keys of it][16 numbers][pair of keys][16][2];
-// those of the other keys beside them are zeros.
-INLINE void pair_values(const bf16 *const *pages, int from, int to, int dim, bf16 *panels) {
-    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    for (int key = from / TOGETHER * TOGETHER; key < (to + TOGETHER - 1) / TOGETHER * TOGETHER; key += 2) {
-        auto row = [&](int key) { return pages[key / PAGE] + key % PAGE * dim; };
-        const bf16 *a = key >= from && key < to ? row(key) : nullptr, *b = key + 1 >= from && key + 1 < to ? row(key + 1) : nullptr;
-        bf16 *panel = panels + key / TOGETHER * TOGETHER * dim + key % TOGETHER * WIDTH;
-        for (int at = 0; at < dim; at += 2 * WIDTH, panel += 2 * TOGETHER * WIDTH) {
-            const __m512i x = a ? _mm512_loadu_si512(a + at) : _mm512_setzero_si512();
-            const __m512i y = b ? _mm512_loadu_si512(b + at) : _mm512_setzero_si512();
-            const __m512i low = _mm512_unpacklo_epi16(x, y), high = _mm512_unpackhi_epi16(x, y);  // four quarters each
-            _mm512_storeu_si512(panel, _mm512_permutex2var_epi64(low, first, high));
-            _mm512_storeu_si512(panel + TOGETHER * WIDTH, _mm512_permutex2var_epi64(low, second, high));
-        }
-    }
-}
-
-// Weights of sixteen keys as the sums of two numbers.
-INLINE void halve(Lanes weights, bf16 *first, bf16 *second) {
-    const __m256i near = (__m256i)_mm512_cvtneps_pbh(weights.v);
-    const __m512 got = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(near), 16));
-    _mm256_storeu_si256((__m256i *)first, near);
-    _mm256_storeu_si256((__m256i *)second, (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(weights.v, got)));
-}
-
-// sums [n][dim] += weights, [n][64] of each half, times the values of keys from ... to - 1 of a block as pair_values lays them.
-// 32 keys at a time: first the first halves' sum, then the second's. Rows as dot_pages has them.
-INLINE void dot_values(const bf16 *first, const bf16 *second, int n, int height, const bf16 *panels, int from, int to, int dim,
-                       float *sums, long stride) {
-    const int begin = from / TOGETHER, end = (to + TOGETHER - 1) / TOGETHER;
-#if TILES
-    if (has_tiles()) {
-        for (int row = 0; row < n; row += height)
-            halves_by_panels(first + row * BLOCK, second + row * BLOCK, panels, TOGETHER * dim, begin, end, dim / WIDTH,
-                             sums + row * stride, stride);
-        return;
-    }
-#endif
-    for (int row = 0; row < n; row++)
-        for (int at = 0; at < dim; at += WIDTH) {
-            Lanes sum = load(sums + row * stride + at);
-            for (int key = begin * TOGETHER; key < end * TOGETHER; key += TOGETHER)
-                for (const bf16 *half : {first, second}) {
-                    uint32_t words[TOGETHER];
-                    pair_up(half + row * BLOCK + key, TOGETHER, TOGETHER, words);
-                    by_pairs<1, 1, false>(panels + key * dim + at * TOGETHER, 0, words, 0, TOGETHER, &sum, 1);
-                }
-            store(sums + row * stride + at, sum);
-        }
-}
-
-#endif
 
 template <int M, class T>
 INLINE void score_pages(const float *q, long ldq, const T *const *keys, const T *const *next, int n, int dim, float *scores,

@@ -193,38 +193,39 @@ INLINE void tile_by_panels(const bf16 *x, const bf16 *const *w, int panels, int6
     written();
 }
 
-// Weights by values: two tiles of rows, [64] each, by `panels` panels, an even number, for the first 32 numbers of a row and as
-// many, `next` further, for the second. The first tile's sums, then the second's are added to sums [rows][panel][16], rows
-// `stride` apart. `begin` and `end`: from which half to which.
-INLINE void halves_by_panels(const bf16 *first, const bf16 *second, const bf16 *w, int64_t next, int begin, int end,
-                             int64_t panels, float *sums, int64_t stride) {
-    constexpr int ROW = 2 * TOGETHER * sizeof(bf16), PANEL = TOGETHER * WIDTH;
+// Sums [rows][panel][16], rows `stride` apart, of up to four panels, an even number, and of numbers that are sums of two: for each
+// of n times 32 numbers x has those of a row, `row_bytes` from the next row's, first [32] then second [32]. One time's part of
+// the panels is `next` numbers from the next's. To the sum come the products of the first ones, then those of the second.
+INLINE void halves_by_panels(const bf16 *x, int64_t row_bytes, const bf16 *w, int64_t next, int64_t n, int64_t panels, float *sums,
+                             int64_t stride) {
+    constexpr int PANEL = TOGETHER * WIDTH;
     written();
-    _tile_loadd(2, first, ROW);
-    _tile_loadd(3, second, ROW);
-    _tile_loadd(4, first + TOGETHER, ROW);
-    _tile_loadd(5, second + TOGETHER, ROW);
-    for (int64_t p = 0; p < panels; p += 2, w += 2 * PANEL, sums += 2 * WIDTH) {
-        _tile_loadd(0, sums, stride * 4);
-        _tile_loadd(1, sums + WIDTH, stride * 4);
-        if (begin == 0) {
-            _tile_loadd(6, w, 64);
-            _tile_loadd(7, w + PANEL, 64);
-            _tile_dpbf16ps(0, 2, 6);
-            _tile_dpbf16ps(1, 2, 7);
-            _tile_dpbf16ps(0, 3, 6);
-            _tile_dpbf16ps(1, 3, 7);
-        }
-        if (end == 2) {
-            _tile_loadd(6, w + next, 64);
-            _tile_loadd(7, w + next + PANEL, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(0, 5, 6);
-            _tile_dpbf16ps(1, 5, 7);
-        }
-        _tile_stored(0, sums, stride * 4);
-        _tile_stored(1, sums + WIDTH, stride * 4);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < n; i++, x += 2 * TOGETHER, w += next) {
+        _tile_loadd(4, x, row_bytes);
+        _tile_loadd(5, x + TOGETHER, row_bytes);
+        _tile_loadd(6, w, 64);
+        _tile_loadd(7, w + PANEL, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(0, 5, 6);
+        _tile_dpbf16ps(1, 5, 7);
+        if (panels < 4) continue;
+        _tile_loadd(6, w + 2 * PANEL, 64);
+        _tile_loadd(7, w + 3 * PANEL, 64);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_dpbf16ps(3, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, stride * 4);
+    _tile_stored(1, sums + WIDTH, stride * 4);
+    if (panels > 3) {
+        _tile_stored(2, sums + 2 * WIDTH, stride * 4);
+        _tile_stored(3, sums + 3 * WIDTH, stride * 4);
     }
     written();
 }

@@ -242,11 +242,18 @@ INLINE Lanes rounded(Lanes a) {
 
 // The one tree in which lanes are summed: lane i with i + 8, then i + 4, i + 2, i + 1.
 INLINE float sum(Lanes a) {
+#if LANES == 2
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+#else
     float x[WIDTH];
     store(x, a);
     for (int half = WIDTH / 2; half; half /= 2)
         for (int i = 0; i < half; i++) x[i] += x[i + half];
     return x[0];
+#endif
 }
 
 // 2^r for r in [-1/2, 1/2], a polynomial whose own relative error is below 2e-9; its constant term is 1, so 2^0 is 1.
