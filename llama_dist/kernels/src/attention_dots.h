@@ -27,13 +27,17 @@ INLINE __m512 power_of_two(__m512 x) {
     return _mm512_scalef_ps(p, x);
 }
 
-// call(pair, whole) for the pairs of pages that hold keys from ... to - 1; of whole ones all are among them.
+// call(pair, whole, seen) for the pairs of pages that hold keys from ... to - 1: whether all are among them, and which.
 template <class Call> INLINE void pairs_seen(int from, int to, Call call) {
+    auto up_to = [](int n) { return n < TOGETHER ? (1u << n) - 1 : ~0u; };
     int pair = from / TOGETHER;
-    if (from % TOGETHER && from < to) call(pair++, std::false_type{});
+    if (from % TOGETHER && from < to) {
+        call(pair, std::false_type{}, up_to(to - pair * TOGETHER) & ~up_to(from % TOGETHER));
+        pair++;
+    }
 #pragma GCC unroll 2
-    for (; (pair + 1) * TOGETHER <= to; pair++) call(pair, std::true_type{});
-    if (pair * TOGETHER < to) call(pair, std::false_type{});
+    for (; (pair + 1) * TOGETHER <= to; pair++) call(pair, std::true_type{}, ~0u);
+    if (pair * TOGETHER < to) call(pair, std::false_type{}, up_to(to - pair * TOGETHER));
 }
 
 // A row's scores of `pairs` pairs of pages -> their weights, in their place: for each pair the first halves, then the second.
@@ -41,26 +45,25 @@ template <class Call> INLINE void pairs_seen(int from, int to, Call call) {
 INLINE void weigh_pages(float *scores, int pairs, int from, int to, float unit, float *state, int chunks) {
     const __m512 none = _mm512_set1_ps(-INFINITY), units = _mm512_set1_ps(unit);
     const __m512i upper = _mm512_set1_epi32(int(0xffff0000u)), half = _mm512_set1_epi32(0x8000);
-    auto seen = [=](int at) { return between(std::clamp(from - at, 0, WIDTH), std::clamp(to - at, 0, WIDTH)).m; };
     __m512 most[2] = {none, none};
-    pairs_seen(from, to, [&](int pair, auto whole) {
+    pairs_seen(from, to, [&](int pair, auto whole, uint32_t seen) {
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
-            const int at = pair * TOGETHER + i * WIDTH;
-            const __m512 s = _mm512_loadu_ps(scores + at);
-            most[i] = whole ? _mm512_max_ps(most[i], s) : _mm512_mask_max_ps(most[i], seen(at), most[i], s);
+            const __m512 s = _mm512_loadu_ps(scores + pair * TOGETHER + i * WIDTH);
+            most[i] = whole ? _mm512_max_ps(most[i], s)
+                            : _mm512_mask_max_ps(most[i], __mmask16(seen >> i * WIDTH), most[i], s);
         }
     });
     const float greatest = _mm512_reduce_max_ps(_mm512_max_ps(most[0], most[1])) * unit;
     const __m512 highest = _mm512_set1_ps(greatest);
     __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    pairs_seen(from, to, [&](int pair, auto whole) {
+    pairs_seen(from, to, [&](int pair, auto whole, uint32_t seen) {
         float *here = scores + pair * TOGETHER;
         __m512i firsts[2], seconds[2];
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
             __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(here + i * WIDTH), units, highest);
-            if (!whole) x = _mm512_mask_mov_ps(none, seen(pair * TOGETHER + i * WIDTH), x);
+            if (!whole) x = _mm512_mask_mov_ps(none, __mmask16(seen >> i * WIDTH), x);
             const __m512 weight = power_of_two(x);
             total[i] = _mm512_add_ps(total[i], weight);
             firsts[i] = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(weight), half), upper);  // the nearest bf16
@@ -73,9 +76,9 @@ INLINE void weigh_pages(float *scores, int pairs, int from, int to, float unit, 
     });
     store(total_of(state, chunks), {_mm512_add_ps(total[0], total[1])});
     most_of(state, chunks) = greatest;
-    const int begin = std::clamp(from / TOGETHER, 0, pairs), end = std::clamp((to + TOGETHER - 1) / TOGETHER, begin, pairs);
-    std::fill_n(scores, begin * TOGETHER, 0.0f);
-    std::fill_n(scores + end * TOGETHER, (pairs - end) * TOGETHER, 0.0f);
+    const int begin = std::min(from / TOGETHER, pairs), end = std::max((to + TOGETHER - 1) / TOGETHER, begin);
+    for (int at = 0; at < begin * TOGETHER; at += WIDTH) store(scores + at, all(0.0f));
+    for (int at = end * TOGETHER; at < pairs * TOGETHER; at += WIDTH) store(scores + at, all(0.0f));
 }
 
 // Values of keys from ... to - 1, rows of dim in pages, as panels [pair of pages][16 numbers][key of each page][16][2]; those of
