@@ -15,6 +15,20 @@ namespace {
 constexpr int ACROSS = SEGMENT + WIDTH;  // floats from a row's scores to those of the next: no power of two
 constexpr int PAGES = SEGMENT / PAGE;
 
+// Pages that are called into the second cache line by line, between other work: more at a time than memory gives would stop it.
+struct Ahead {
+    const bf16 *pages[2 * PAGES];
+    int n = 0, line = 0, lines;  // of a page: which is next, and how many it has
+
+    explicit Ahead(int dim) : lines(PAGE * dim * int(sizeof(bf16)) / 64) {}
+    void call(int some) {
+        for (; some > 0 && n; some--) {
+            __builtin_prefetch((const char *)pages[n - 1] + line * 64, 0, 2);
+            if (++line == lines) line = 0, n--;
+        }
+    }
+};
+
 // 2^x, within an ulp or two; the polynomial is for what x is above a whole number.
 INLINE __m512 power_of_two(__m512 x) {
     const __m512 r = _mm512_reduce_ps(x, 1);
@@ -82,13 +96,12 @@ INLINE void weigh_pages(float *scores, int pairs, int from, int to, float unit, 
 }
 
 // Values of keys from ... to - 1, rows of dim in pages, as panels [pair of pages][16 numbers][key of each page][16][2]; those of
-// the other keys beside them are zeros. Pages further on are called in.
-INLINE void pair_values(const bf16 *const *pages, int from, int to, int dim, bf16 *panels) {
+// the other keys beside them are zeros.
+INLINE void pair_values(const bf16 *const *pages, int from, int to, int dim, Ahead &ahead, bf16 *panels) {
     const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    for (int base = from / TOGETHER * TOGETHER; base < to; base += TOGETHER) {
-        call_in(pages[base / PAGE + AHEAD], PAGE * dim);
-        if (base + PAGE < to) call_in(pages[base / PAGE + 1 + AHEAD], PAGE * dim);
+    for (int base = from / TOGETHER * TOGETHER; base < to; base += TOGETHER)
         for (int key = base; key < base + PAGE; key++) {
+            ahead.call(ahead.lines / 8);  // half of them
             auto row = [&](int key) { return key >= from && key < to ? pages[key / PAGE] + key % PAGE * dim : nullptr; };
             const bf16 *a = row(key), *b = row(key + PAGE);
             bf16 *panel = panels + base * dim + (key - base) * 2 * WIDTH;
@@ -100,16 +113,14 @@ INLINE void pair_values(const bf16 *const *pages, int from, int to, int dim, bf1
                 _mm512_storeu_si512(panel + TOGETHER * WIDTH, _mm512_permutex2var_epi64(low, second, high));
             }
         }
-    }
 }
 
-// scores [height][pages][16] of q [height][dim], dim a multiple of 32, and pages begin ... end - 1; if asked to, pages further on
-// are called in.
-INLINE void score_pages(const bf16 *q, int height, const bf16 *const *keys, int begin, int end, int dim, bool call, float *scores) {
+// scores [height][pages][16] of q [height][dim], dim a multiple of 32, and pages begin ... end - 1.
+INLINE void score_pages(const bf16 *q, int height, const bf16 *const *keys, int begin, int end, int dim, Ahead &ahead, float *scores) {
 #if TILES
     if (has_tiles()) {
         for (int p = begin; p < end; p += 4) {
-            for (int i = p; call && i < std::min(p + 4, end); i++) call_in(keys[i + AHEAD], PAGE * dim);
+            ahead.call(2 * ahead.lines);  // a quarter of them
             tile_by_panels(q, keys + p, end - p, dim, scores + p * PAGE, ACROSS);
         }
         return;
@@ -158,29 +169,34 @@ void attend_dots(const Rows<bf16> &rows, const bf16 *q, int start, int stop, con
     const long stride = job.stride();
     alignas(64) float scores[WIDTH * ACROSS];
     alignas(64) bf16 panels[SEGMENT * MAX_DIM];
-    const bf16 *keys[PAGES + AHEAD], *values[PAGES + AHEAD];
-    bool paired = false;
+    const bf16 *keys[PAGES], *values[PAGES];
+    Ahead ahead(dim);
     for (int p = first; p < pages; p++) {
         const long here = rows.place(origin + p * PAGE);
         keys[p] = job.keys + here, values[p] = job.values + here;
+        if (n <= height && rows.after) {
+            const long later = rows.next_place(stop, p - first);
+            ahead.pages[ahead.n++] = job.keys + later, ahead.pages[ahead.n++] = job.values + later;
+        }
     }
-    for (int p = 0; p < AHEAD; p++) {
-        keys[pages + p] = values[std::min(first + p, pages - 1)];
-        values[pages + p] = job.keys + rows.next_place(stop, p);
-    }
+    const int share = ahead.n * ahead.lines / 4 / n + 1;  // for a row
+    bool paired = false;
     for (int row = 0; row < n; row += height, q += height * dim, state += height * stride) {
         const int mine = std::min(height, n - row), end = std::min(seen.ends[row + mine - 1] - origin, SEGMENT);
         const int begin = std::max(seen.begins[row] - origin, 0) / TOGETHER, pairs = (end + TOGETHER - 1) / TOGETHER - begin;
         if (pairs <= 0) continue;
         const int base = begin * TOGETHER;
-        score_pages(q, height, keys, 2 * begin, (end + PAGE - 1) / PAGE, dim, !paired, scores);
-        if (!paired) pair_values(values, start - origin, stop - origin, dim, panels);
+        score_pages(q, height, keys, 2 * begin, (end + PAGE - 1) / PAGE, dim, ahead, scores);
+        if (!paired) pair_values(values, start - origin, stop - origin, dim, ahead, panels);
         paired = true;
-        for (int i = 0; i < mine; i++)
+        for (int i = 0; i < mine; i++) {
+            ahead.call(share);
             weigh_pages(scores + i * ACROSS + base, pairs, std::max(seen.begins[row + i] - origin - base, 0),
                         std::min(seen.ends[row + i] - origin, SEGMENT) - base, job.score_unit, state + i * stride, chunks);
+        }
         for (int i = mine; i < height; i++) std::fill_n(scores + i * ACROSS + base, pairs * TOGETHER, 0.0f);
         add_values(scores, height, panels, begin, begin + pairs, dim, state, stride);
+        ahead.call(ahead.n * ahead.lines);
     }
 }
 
