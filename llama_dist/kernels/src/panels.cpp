@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t GROUP = 32;     // a unit is filled up to whole groups with zeros
 constexpr int64_t K_BLOCK = 256;  // numbers of a panel that stay in the first cache as floats
 constexpr int64_t M_BLOCK = 256;  // rows of x whose K_BLOCK numbers stay in the second cache
+constexpr int64_t X_BLOCK = 1 << 20;  // bytes of rows of x that stay in the second cache, for tiles
 constexpr int TILE = 6;           // rows of x whose sums are in registers
 constexpr int FEW_TILE = 4;       // the same where the weights that are taken apart need registers too
 template <class W>
@@ -49,6 +50,11 @@ struct Job {
     int64_t unit_numbers() const { return (w.unit + GROUP - 1) / GROUP * GROUP; }
     int64_t numbers_a_row() const { return w.n_units * unit_numbers(); }
 };
+
+// Rows of x that are multiplied by some panels before others are, in tiles.
+inline int64_t rows_together(const Job &job) {
+    return std::clamp<int64_t>(X_BLOCK / int64_t(sizeof(bf16)) / job.numbers_a_row(), 4 * WIDTH, 32 * WIDTH) / (2 * WIDTH) * (2 * WIDTH);
+}
 
 // Rows m ... m + rows - 1 of x as they are multiplied, each unit filled up with zeros: floats, or what dots.h takes. Sums have
 // room for `room` rows.
@@ -217,16 +223,41 @@ template <class W, class To> INLINE void put(To *to, Lanes v, int64_t left) {
     store(to, v, left);
 }
 
-// Sums [panel][room] of the rows of `x` -> a plane of y, from panel n on.
+// Sums [panel][stride] of `rows` rows from row m on -> a plane of y, from panel n on.
 template <class W, int P, class To>
-void put_rows(const Job &job, const Wide &x, int64_t n, int64_t apart, const Lanes *sums, To *y) {
-    for (int64_t i = 0; i < x.rows; i++)
+void put_rows(const Job &job, int64_t m, int64_t rows, int64_t n, int64_t apart, const Lanes *sums, int64_t stride, To *y) {
+    for (int64_t i = 0; i < rows; i++) {
+        Lanes v[P];
         for (int p = 0; p < P; p++) {
-            const int64_t at = (n + p * apart) * WIDTH, left = job.n - at;
-            Lanes v = sums[p * x.room + i];
-            if (job.bias) v = v + job.numbers(job.bias, at, left);
-            put<W>(y + (x.m + i) * job.ldy + at, v, left);
+            const int64_t at = (n + p * apart) * WIDTH;
+            v[p] = sums[p * stride + i];
+            if (job.bias) v[p] = v[p] + job.numbers(job.bias, at, job.n - at);
         }
+        To *row = y + (m + i) * job.ldy;
+#if DOTS
+        if constexpr (MULTIPLIED<W> && P == 2 && sizeof(To) == 2)
+            if (apart == 1 && (n + 2) * WIDTH <= job.n) {
+                narrow(row + n * WIDTH, v[0], v[1]);
+                continue;
+            }
+#endif
+        for (int p = 0; p < P; p++) {
+            const int64_t at = (n + p * apart) * WIDTH;
+            put<W>(row + at, v[p], job.n - at);
+        }
+    }
+}
+
+// The same of all planes that there are, in y's type.
+template <class W, int P>
+void put_planes(const Job &job, int64_t m, int64_t rows, int64_t n, int64_t apart, Roots &roots, int64_t stride) {
+    for (int plane = 0; plane < (job.first < 0 ? 1 : roots.size); plane++) {
+        const int64_t at = plane * job.plane;
+        if (job.y_f32 || !job.is_bf16)
+            put_rows<W, P>(job, m, rows, n, apart, roots.plane(plane), stride, (float *)job.y + at);
+        else
+            put_rows<W, P>(job, m, rows, n, apart, roots.plane(plane), stride, (bf16 *)job.y + at);
+    }
 }
 
 // All rows of `x`, from number `at` of each on, by P panels, by the instructions of dots.h; fresh sums are not added to.
@@ -235,20 +266,9 @@ template <int P>
 INLINE void multiplied(const Wide &x, int64_t ldx, int64_t at, const bf16 *w, int64_t panel, int64_t k, Lanes *sums,
                        bool fresh) {
 #if TILES
-    if (x.height) {
-        const bf16 *numbers = (const bf16 *)x.numbers.data() + at * x.height;
-        const int64_t tile = x.height * ldx, tiles = x.room / x.height;
-        auto some = [&](auto with, auto call, int64_t t) {
-            constexpr int R = decltype(with)::value;
-            by_tiles_of_rows<R, P, decltype(call)::value>(w, panel, numbers + t * tile, tile, x.height, k, sums + t * x.height,
-                                                          x.room, fresh);
-        };
-        constexpr std::integral_constant<int, 1> one;
-        constexpr std::integral_constant<int, P == 4 ? 1 : 2> two;
-        if (tiles < two) return some(one, std::true_type{}, 0);
-        some(two, std::true_type{}, 0);
-        for (int64_t t = two; t < tiles; t += two)
-            t + two > tiles ? some(one, std::false_type{}, t) : some(two, std::false_type{}, t);
+    if (x.height) {  // one tile
+        const char *nothing = nullptr;
+        by_tiles_of_rows<1, P>(w, panel, (const bf16 *)x.numbers.data() + at * x.height, 0, x.height, k, nothing, 0, sums, x.room, fresh);
         return;
     }
 #endif
@@ -310,48 +330,85 @@ template <class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, 
         whole ? roots.add() : roots.push(job.first + u);
         if (u + 1 < job.w.n_units) sums = roots.next(zeros);
     }
-    for (int plane = 0; plane < (whole ? 1 : roots.size); plane++) {
-        const int64_t at = plane * job.plane;
-        if (job.y_f32 || !job.is_bf16)
-            put_rows<W, P>(job, x, n, apart, roots.plane(plane), (float *)job.y + at);
-        else
-            put_rows<W, P>(job, x, n, apart, roots.plane(plane), (bf16 *)job.y + at);
+    put_planes<W, P>(job, x.m, x.rows, n, apart, roots, x.room);
+}
+
+#if TILES
+
+// The rows of `x`, several tiles of them, by panels n ... n + P - 1, two tiles at a time. They go through all units at once, so
+// that their sums stay in the first cache; or if the panels are long all rows through a unit. What comes next is called in.
+template <int P> void tiled(const Job &job, const Wide &x, int64_t n, Roots &roots) {
+    constexpr int64_t SHORT = 2048;
+    const int64_t unit = job.unit_numbers(), ldx = job.numbers_a_row(), panel = job.w.block_groups * GROUP * WIDTH;
+    const int64_t height = x.height, tile = height * ldx, tiles = x.room / height, pairs = (tiles + 1) / 2;
+    const int64_t lines = (P * GROUP / 2 + pairs - 1) / pairs, together = ldx > SHORT ? tiles : 2;
+    const bool whole = job.first < 0;
+    const bf16 *after = (const bf16 *)job.w.codes + (n + P) * panel;
+    const char *ahead = (const char *)after;
+    for (int64_t first = 0; first < tiles; first += together) {
+        const int64_t end = std::min(first + together, tiles), rows = (end - first) * height;
+        const bf16 *w = (const bf16 *)job.w.codes + n * panel, *numbers = (const bf16 *)x.numbers.data();
+        roots.start(P * rows);
+        for (int64_t u = 0; u < job.w.n_units; u++, w += unit * WIDTH, numbers += unit * height) {
+            const bool fresh = !whole || !u;
+            Lanes *sums = fresh ? roots.next(false) : roots.plane(0);
+            for (int64_t t = first; t < end; t += 2, sums += 2 * height) {
+                if (together > 2) {  // a pair's share of the panels' next unit
+                    const int64_t share = t / 2 * lines * unit * 2, in = unit * WIDTH * 2;
+                    ahead = (const char *)((u + 1 < job.w.n_units ? w + unit * WIDTH : after) + share / in * panel) + share % in;
+                }
+                t + 1 < end ? by_tiles_of_rows<2, P>(w, panel, numbers + t * tile, tile, height, unit, ahead, lines, sums, rows, fresh)
+                            : by_tiles_of_rows<1, P>(w, panel, numbers + t * tile, tile, height, unit, ahead, lines, sums, rows, fresh);
+            }
+            if (!whole) roots.push(job.first + u);
+        }
+        put_planes<bf16, P>(job, x.m + first * height, std::min(rows, x.rows - first * height), n, 1, roots, rows);
     }
 }
+
+#endif
 
 // The rows of `x` by `count` panels from panel n on. Several at once are not neighbours: each goes through a run of its own,
 // so that what is called into the cache at a panel's end is what is read next.
 template <class W> void panels_from(const Job &job, const Wide &x, int64_t n, int64_t count, Roots &roots) {
+    const bool one_tile = x.height && x.room == x.height;
+#if TILES
+    if (x.height && !one_tile) {
+        for (; count > 1; n += 2, count -= 2) tiled<2>(job, x, n, roots);
+        if (count) tiled<1>(job, x, n, roots);
+        return;
+    }
+#endif
     auto runs = [&](auto with) {
         constexpr int P = decltype(with)::value;
         const int64_t apart = count / P;
         for (int64_t i = 0; i < apart; i++) stripe<W, P>(job, x, n + i, apart, roots);
         n += apart * P, count -= apart * P;
     };
-    const bool one_tile = x.height && x.room == x.height;
     if (x.rows <= (MULTIPLIED<W> ? FEW_PAIRED : 1) || one_tile) runs(std::integral_constant<int, 4>{});
     if (x.rows <= 3 || MULTIPLIED<W>) runs(std::integral_constant<int, 2>{});
     runs(std::integral_constant<int, 1>{});
 }
 
-// Called by every thread of a team. Each takes its share of the panels, and widens the rows of x for itself.
+// Called by every thread of a team. Each takes its share of the panels, by all rows if there are panels for all threads, and
+// widens the rows of x for itself.
 template <class W> void run(const Job &job, int threads) {
-    const int64_t panels = (job.n + WIDTH - 1) / WIDTH, blocks = (job.m + M_BLOCK - 1) / M_BLOCK, all = blocks * panels;
+    const bool tiles = MULTIPLIED<W> && job.m > WIDTH && has_tiles();
+    const int64_t panels = (job.n + WIDTH - 1) / WIDTH, each = tiles ? 2 : 1, most = tiles ? rows_together(job) : M_BLOCK;
+    const int64_t blocks = (job.m + most - 1) / most, all = blocks * ((panels + each - 1) / each);
     static thread_local Wide x;
     static thread_local Roots roots;
 #pragma omp for schedule(static, 1) nowait
     for (int64_t t = 0; t < threads; t++) {
-        const int64_t end = all * (t + 1) / threads;
-        for (int64_t at = all * t / threads, block = -1; at < end;) {
-            if (at / panels != block) {
-                block = at / panels;
-                x.take<W>(job, job.m * block / blocks, job.m * (block + 1) / blocks);
-                if (x.height) set_up_tiles(x.height);
-            }
-            const int64_t n = at % panels, count = std::min(end - at, panels - n);
+        const int64_t begin = all * t / threads, end = all * (t + 1) / threads;
+        for (int64_t block = 0; block < blocks; block++) {
+            auto first = [=](int64_t at) { return std::min(panels, (std::max<int64_t>(0, at - block) + blocks - 1) / blocks * each); };
+            const int64_t n = first(begin), count = first(end) - n;
+            if (count <= 0) continue;
+            x.take<W>(job, job.m * block / blocks, job.m * (block + 1) / blocks);
+            if (x.height) set_up_tiles(x.height);
             panels_from<W>(job, x, n, count, roots);
-            at += count;
-            if (at >= end && x.height) let_tiles_go();
+            if (x.height) let_tiles_go();
         }
     }
 }
