@@ -59,7 +59,10 @@ inline int64_t rows_together(const Job &job) {
 // Rows m ... m + rows - 1 of x as they are multiplied, each unit filled up with zeros: floats, or what dots.h takes. Sums have
 // room for `room` rows.
 struct Wide {
-    std::vector<float> numbers;
+    struct alignas(64) Line {  // of the cache: AMX takes twice as long for rows that share two
+        float numbers[WIDTH];
+    };
+    std::vector<Line> lines;
     int64_t m = -1, rows = 0, room = 0;
     int64_t height = 0;  // rows of a tile, where they lie in tiles
 
@@ -69,8 +72,8 @@ struct Wide {
             const int64_t tiles = (rows + WIDTH - 1) / WIDTH;
             height = (rows + tiles - 1) / tiles, room = tiles * height;
         }
-        const int64_t needed = room * job.numbers_a_row();
-        if (int64_t(numbers.size()) < needed) numbers.resize(needed);
+        const int64_t needed = (room * job.numbers_a_row() + WIDTH - 1) / WIDTH;
+        if (int64_t(lines.size()) < needed) lines.resize(needed);
         if (height)
             in_tiles(job);
         else if (MULTIPLIED<W>)
@@ -79,10 +82,12 @@ struct Wide {
             widened(job);
     }
 
+    template <class T> const T *as() const { return (const T *)lines.data(); }
+
   private:
     void widened(const Job &job) {
         const int64_t each = job.unit_numbers();
-        float *out = numbers.data();
+        float *out = (float *)lines.data();
         for (int64_t i = m; i < m + rows; i++)
             for (int64_t u = 0; u < job.w.n_units; u++, out += each) {
                 const int64_t x = i * job.ldx + u * job.w.unit;
@@ -93,7 +98,7 @@ struct Wide {
     void in_pairs(const Job &job) {
 #if DOTS
         const int64_t each = job.unit_numbers();
-        uint32_t *out = (uint32_t *)numbers.data();
+        uint32_t *out = (uint32_t *)lines.data();
         for (int64_t i = m; i < m + rows; i++)
             for (int64_t u = 0; u < job.w.n_units; u++, out += each / 2 * CHAINS)
                 pair_up((const bf16 *)job.x + i * job.ldx + u * job.w.unit, job.w.unit, each, out);
@@ -101,7 +106,7 @@ struct Wide {
     }
     void in_tiles(const Job &job) {
         const int64_t each = job.unit_numbers();
-        bf16 *out = (bf16 *)numbers.data();
+        bf16 *out = (bf16 *)lines.data();
         for (int64_t first = m; first < m + room; first += height)
             for (int64_t u = 0; u < job.w.n_units; u++)
                 for (int64_t at = 0; at < each; at += GROUP)
@@ -268,12 +273,12 @@ INLINE void multiplied(const Wide &x, int64_t ldx, int64_t at, const bf16 *w, in
 #if TILES
     if (x.height) {  // one tile
         const char *nothing = nullptr;
-        by_tiles_of_rows<1, P>(w, panel, (const bf16 *)x.numbers.data() + at * x.height, 0, x.height, k, nothing, 0, sums, x.room, fresh);
+        by_tiles_of_rows<1, P>(w, panel, x.as<bf16>() + at * x.height, 0, x.height, k, nothing, 0, sums, x.room, fresh);
         return;
     }
 #endif
     const int64_t words = ldx / 2 * CHAINS;
-    const uint32_t *pairs = (const uint32_t *)x.numbers.data() + at / 2 * CHAINS;
+    const uint32_t *pairs = x.as<uint32_t>() + at / 2 * CHAINS;
     constexpr int MOST = P == 4 ? FEW_PAIRED : P == 2 && DOTS == 2 ? TILE / 2 : TILE;
     by_tiles(x.rows, MOST, [&](auto with, int64_t row, int64_t t, int64_t) {
         constexpr int M = std::min(decltype(with)::value, MOST);
@@ -289,7 +294,7 @@ template <class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, 
     const bool whole = job.first < 0;
     const int64_t unit = job.unit_numbers(), ldx = job.numbers_a_row(), panel = job.w.block_groups * GROUP * WIDTH;
     const W *w = (const W *)job.w.codes + n * panel;
-    const float *numbers = x.numbers.data();
+    const float *numbers = x.as<float>();
     alignas(64) float room[K_BLOCK * WIDTH];
     roots.start(P * x.room);
     const bool zeros = !x.height;  // tiles begin with zeros of their own
@@ -347,7 +352,7 @@ template <int P> void tiled(const Job &job, const Wide &x, int64_t n, Roots &roo
     const char *ahead = (const char *)after;
     for (int64_t first = 0; first < tiles; first += together) {
         const int64_t end = std::min(first + together, tiles), rows = (end - first) * height;
-        const bf16 *w = (const bf16 *)job.w.codes + n * panel, *numbers = (const bf16 *)x.numbers.data();
+        const bf16 *w = (const bf16 *)job.w.codes + n * panel, *numbers = x.as<bf16>();
         roots.start(P * rows);
         for (int64_t u = 0; u < job.w.n_units; u++, w += unit * WIDTH, numbers += unit * height) {
             const bool fresh = !whole || !u;
