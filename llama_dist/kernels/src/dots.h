@@ -37,6 +37,12 @@ constexpr int TOGETHER = 32;             // numbers along K that AMX takes at a 
 constexpr int64_t CALLED = 4096;         // bytes of weights called into the second cache before they are read
 constexpr int CHAINS = DOTS == 2 ? 2 : 1;  // sums of a row that run side by side, and words of x for a pair of numbers
 
+// Two tiles of rows of bf16: rows are row_bytes apart, 32 numbers of each and the next ones `step` numbers.
+struct Tiles {
+    const bf16 *first, *second;
+    int64_t row_bytes, step;
+};
+
 // Sixteen numbers as bf16; one below the normal numbers becomes zero.
 INLINE void narrow(bf16 *p, Lanes a) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
 
@@ -113,16 +119,15 @@ inline void set_up_tiles(int64_t height) {
 }
 inline void let_tiles_go() { _tile_release(); }
 
-// R tiles of rows of x, [k / 32][height][32] each and ldx apart, by P panels along k numbers, added to
-// sums[panel * stride + tile * height + row], or in their place where they are fresh. With every 32 numbers `lines` lines of what
-// `ahead` points to are called into the second cache.
-template <int R, int P>
-INLINE void by_tiles_of_rows(const bf16 *w, int64_t panel, const bf16 *x, int64_t ldx, int64_t height, int64_t k, const char *&ahead,
-                             int64_t lines, Lanes *sums, int64_t stride, bool fresh) {
+// R tiles of rows of x by P panels along k numbers, added to sums[panel * stride + tile * height + row], or in their place where
+// they are fresh. With every 32 numbers `meanwhile` is called; lines further on of each panel are called in where CALL.
+template <int R, int P, bool CALL, class Meanwhile>
+INLINE void by_tiles_of_rows(const bf16 *w, int64_t panel, Tiles x, int64_t height, int64_t k, Meanwhile meanwhile, Lanes *sums,
+                             int64_t stride, bool fresh) {
     auto sum = [&](int i) { return sums + i % P * stride + i / P * height; };
     auto line = [&](int p) {
         const bf16 *from = w + p * panel;
-        if (P == 4)  // each panel a run of its own
+        if (CALL)
             for (int64_t at = 0; at < TOGETHER * WIDTH * 2; at += 64) __builtin_prefetch((const char *)from + CALLED + at, 0, 2);
         return from;
     };
@@ -139,9 +144,8 @@ INLINE void by_tiles_of_rows(const bf16 *w, int64_t panel, const bf16 *x, int64_
             _tile_loadd(3, sum(3), 64);
         }
     }
-    for (int64_t at = 0; at < k; at += TOGETHER, w += TOGETHER * WIDTH, x += height * TOGETHER) {
-        for (int64_t i = 0; i < lines; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-        _tile_loadd(4, x, 64);
+    for (int64_t at = 0; at < k; at += TOGETHER, w += TOGETHER * WIDTH, x.first += x.step, x.second += x.step) {
+        _tile_loadd(4, x.first, x.row_bytes);
         _tile_loadd(6, line(0), 64);
         _tile_dpbf16ps(0, 4, 6);
         if (P > 1) {
@@ -155,11 +159,12 @@ INLINE void by_tiles_of_rows(const bf16 *w, int64_t panel, const bf16 *x, int64_
             _tile_dpbf16ps(3, 4, 7);
         }
         if (R > 1) {
-            _tile_loadd(5, x + ldx, 64);
+            _tile_loadd(5, x.second, x.row_bytes);
             if (P == 1) _tile_dpbf16ps(1, 5, 6);
             if (P == 2) _tile_dpbf16ps(2, 5, 6);
             if (P == 2) _tile_dpbf16ps(3, 5, 7);
         }
+        meanwhile();
     }
     _tile_stored(0, sum(0), 64);
     if (R * P > 1) _tile_stored(1, sum(1), 64);

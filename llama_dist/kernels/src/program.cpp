@@ -83,6 +83,24 @@ void run_one(const Op &op, const Step &step, int threads, int &fault) {
     }
 }
 
+// Whether the first two operations are done as one, which they are here: a product of many rows with the sum of its planes, or
+// with the gate. What the one hands to the other is not written then; nothing else may read it.
+bool run_two(const Op *ops, const Step &step, int threads) {
+    const int64_t *v = ops[0].v, *next = ops[1].v;
+    auto p = [](int64_t at) { return reinterpret_cast<void *>(at); };
+    if (ops[0].kind != Op::PACKED || (ops[1].kind != Op::PLANES && ops[1].kind != Op::GATE)) return false;
+    const auto &w = *static_cast<const team::Packed *>(p(v[2]));
+    if (next[0] != v[4] || v[3] || !team::in_tiles(int(step.is_bf16), w, step.n)) return false;
+    if (ops[1].kind == Op::PLANES) {
+        team::total(p(v[0]), v[1], w, p(next[4]), next[5], step.n, v[8], v[9], threads);
+        return true;
+    }
+    const int64_t up = (next[2] - next[0]) / int64_t(sizeof(bf16));  // rows of W
+    if (v[9] >= 0 || up % WIDTH) return false;
+    team::gated(p(v[0]), v[1], w, up, p(next[4]), next[5], step.n, next[5], threads);
+    return true;
+}
+
 }  // namespace
 
 // Returns 0, or -(1 + the first token whose id, slot or angles are none), or 1 + the first span whose pages are not in the
@@ -100,13 +118,17 @@ extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step
     auto since = std::chrono::steady_clock::now();
 #pragma omp parallel num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < n_ops; i++) {
-        run_one(ops[i], *step, threads, fault);
+        const int64_t clock = ops[i].clock;
+        if (i + 1 < n_ops && run_two(ops + i, *step, threads))
+            i++;
+        else
+            run_one(ops[i], *step, threads, fault);
         meet(meeting, omp_get_num_threads());
         if (!step->seconds) continue;
 #pragma omp master
         {
             const auto now = std::chrono::steady_clock::now();
-            step->seconds[ops[i].clock] += std::chrono::duration<double>(now - since).count();
+            step->seconds[clock] += std::chrono::duration<double>(now - since).count();
             since = now;
         }
     }

@@ -65,13 +65,15 @@ INLINE Lanes power(Lanes t) {
     return {_mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(0x3f800000)))};
 }
 INLINE float most(Lanes a) { return _mm512_reduce_max_ps(a.v); }
-INLINE void store(bf16 *p, Lanes a) {
+INLINE __m512i bf16_bits(Lanes a) {  // to the nearest, ties to even
     __m512i bits = _mm512_castps_si512(a.v);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i even = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
     __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-    even = _mm512_mask_blend_epi32(nan, even, _mm512_set1_epi32(0x7fc0));
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtepi32_epi16(even));
+    return _mm512_mask_blend_epi32(nan, even, _mm512_set1_epi32(0x7fc0));
+}
+INLINE void store(bf16 *p, Lanes a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtepi32_epi16(bf16_bits(a)));
 }
 
 #elif LANES == 1
@@ -235,6 +237,9 @@ INLINE void call_in(const T *p, long numbers) {
 // What the numbers are after a round trip through T.
 template <class T>
 INLINE Lanes rounded(Lanes a) {
+#if LANES == 2
+    if constexpr (sizeof(T) == 2) return {_mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(a), 16))};
+#endif
     T row[WIDTH];
     store(row, a);
     return load(row);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "gate.h"
 #include "pairs.h"
 #include "team.h"
 
@@ -47,23 +48,10 @@ void rotate(const T *from, const float *cos, const float *sin, T *to, long half)
     }
 }
 
-// e^x, within an ulp or two; infinite from about 88.4 on, zero below the normal numbers.
-INLINE Lanes exp(Lanes x) {
-    const Lanes high = all(0x1.715476p+0f), low = all(0x1.4ae0cp-26f);  // together log2(e)
-    Lanes whole = (x * high + all(WHOLE));
-    Lanes n = whole - all(WHOLE);
-    Lanes r = fma(x, low, fma(x, high, all(0.0f) - n));
-    Lanes y = exp2_fraction(r) * power(whole);
-    y = pick(x < all(-87.0f), all(0.0f), y);
-    return pick(all(88.37f) < x, all(INFINITY), y);
-}
-
 template <class T>
 void silu_mul_row(const T *a, const T *b, T *out, long dim) {
     for (long i = 0; i < dim; i += WIDTH) {
-        Lanes x = load(a + i, dim - i);
-        Lanes y = rounded<T>(x / (all(1.0f) + exp(all(0.0f) - x)));
-        store(out + i, y * load(b + i, dim - i), dim - i);
+        store(out + i, gated<T>(load(a + i, dim - i), load(b + i, dim - i)), dim - i);
     }
 }
 

@@ -23,6 +23,13 @@ void quantized(int is_bf16, const void *x, int64_t ldx, const Packed &w, const v
 void panels(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void *bias, void *y, int64_t ldy, int64_t plane,
             int y_f32, int64_t m, int64_t n, int64_t first, int threads);
 
+// Whether products of m rows go by tiles of AMX, which can end with more than sums: `total` with that of the tree over the units
+// number `first` and on, in x's type, bf16; `gated` with silu(a) b, [m, n], where a are the first n rows of W and b those from
+// row `up` on, a multiple of sixteen.
+bool in_tiles(int is_bf16, const Packed &w, int64_t m);
+void total(const void *x, int64_t ldx, const Packed &w, void *y, int64_t ldy, int64_t m, int64_t n, int64_t first, int threads);
+void gated(const void *x, int64_t ldx, const Packed &w, int64_t up, void *y, int64_t ldy, int64_t m, int64_t n, int threads);
+
 // Rows of `groups` heads of `dim` numbers, tokens x_stride, y_stride and out_stride apart; total is packed. Without weight
 // there is only the sum.
 void rms_norm(int is_bf16, const void *x, long x_stride, const void *y, long y_stride, void *total, const void *weight,

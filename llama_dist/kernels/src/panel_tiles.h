@@ -1,0 +1,152 @@
+// Products of many rows with panels by AMX, see panels.cpp: two tiles of rows by two panels at a time. What becomes of the sums
+// is done row by row while the next ones are multiplied.
+#pragma once
+
+#include "gate.h"
+#include "panel_rows.h"
+
+namespace {
+
+#if TILES
+
+constexpr int64_t X_BLOCK = 1 << 20;  // bytes of rows of x that stay in the second cache
+constexpr int64_t SHORT = 2048;       // numbers of two panels that stay near it while all rows go by
+
+// Sums [plane][part][panel][stride] that are there, with what is still to be done: a part is what was multiplied at once.
+struct Rest {
+    const Job *job = nullptr;
+    const Lanes *sums = nullptr;
+    int64_t plane = 0, planes = 0, part = 0, parts = 0, panels = 0, stride = 0;
+    int64_t m = 0, n = 0, at = 0, end = 0;  // row and panel of the first; rows that are done, and all
+
+    void some(int64_t rows) {
+        for (; rows > 0 && at < end; rows--, at++) {
+            if (job->end == End::GATED)
+                gate();
+            else
+                for (int64_t p = 0; p < (job->end == End::TOTAL ? 1 : planes); p++) put(p);
+        }
+    }
+
+  private:
+    Lanes sum(int64_t p, int64_t panel) const { return sums[p * plane + panel * stride + at]; }
+    Lanes with_bias(Lanes v, int64_t column) const {
+        return job->bias ? v + job->numbers(job->bias, column, job->n - column) : v;
+    }
+    void put(int64_t p) {
+        Lanes v[2];
+        for (int64_t i = 0; i < panels; i++) {
+            v[i] = sum(p, i);
+            if (job->end == End::TOTAL) {
+                v[i] = sum(planes - 1, i);
+                for (int64_t left = planes - 2; left >= 0; left--) v[i] = sum(left, i) + v[i];
+            }
+            v[i] = with_bias(v[i], (n + i) * WIDTH);
+        }
+        const int64_t column = n * WIDTH, left = job->n - column, to = p * job->plane + (m + at) * job->ldy + column;
+        if (job->y_f32) {
+            for (int64_t i = 0; i < panels; i++) store((float *)job->y + to + i * WIDTH, v[i], left - i * WIDTH);
+        } else if (job->end == End::TOTAL) {  // rounded as add_planes does it
+            for (int64_t i = 0; i < panels; i++) store((bf16 *)job->y + to + i * WIDTH, v[i], left - i * WIDTH);
+        } else if (panels == 2 && left >= 2 * WIDTH) {
+            narrow((bf16 *)job->y + to, v[0], v[1]);
+        } else {
+            for (int64_t i = 0; i < panels; i++) {
+                bf16 *y = (bf16 *)job->y + to + i * WIDTH;
+                left >= (i + 1) * WIDTH ? narrow(y, v[i]) : store(y, v[i], left - i * WIDTH);
+            }
+        }
+    }
+    void gate() {
+        auto number = [&](int64_t i, int64_t panel) {
+            bf16 row[WIDTH];
+            narrow(row, sums[i * part + panel * stride + at]);
+            return load(row);
+        };
+        bf16 *y = (bf16 *)job->y + (m + at) * job->ldy + n * WIDTH;
+        for (int64_t i = 0; i < parts; i++)
+            store(y + i * WIDTH, gated<bf16>(number(i, 0), number(i, 1)), job->n - (n + i) * WIDTH);
+    }
+};
+
+// The rows of `x` by `parts` times Q panels: neighbours from panel n on, or a gate's from there on and those they are multiplied
+// by. Two tiles of rows go through all units at once, so that their sums stay in the first cache; or if the panels are long all
+// rows go through a unit. What comes next is called in.
+template <int Q> void tiled(const Job &job, const Wide &x, int64_t n, int64_t parts, Roots *roots, Rest &rest) {
+    const bool whole = job.first < 0, gate = job.end == End::GATED;
+    const int64_t unit = job.unit_numbers(), ldx = job.numbers_a_row(), panel = job.panel(), height = x.height;
+    const int64_t apart = gate ? job.up * panel : panel, width = gate ? parts : Q;
+    const int64_t tiles = x.room / height, pairs = (tiles + 1) / 2, together = ldx > SHORT ? tiles : 2;
+    const int64_t lines = ((ldx > SHORT ? Q : width) * GROUP / 2 + pairs - 1) / pairs;
+    const bf16 *codes = (const bf16 *)job.w.codes + n * panel;
+    const char *ahead[2] = {(const char *)(codes + width * panel), (const char *)(codes + width * panel + apart)};
+    for (int64_t first = 0; first < tiles; first += together) {
+        const int64_t end = std::min(first + together, tiles), rows = (end - first) * height;
+        const int64_t steps = parts * (ldx / GROUP) * ((end - first + 1) / 2), some = (rest.end - rest.at + steps - 1) / steps;
+        Roots &mine = roots[rest.sums == roots[0].room.data()];
+        mine.start(parts * Q * rows);
+        for (int64_t u = 0; u < job.w.n_units; u++) {
+            const bool fresh = !whole || !u;
+            Lanes *sums = fresh ? mine.next(false) : mine.plane(0);
+            for (int64_t part = 0; part < parts; part++) {
+                const bf16 *w = codes + part * panel + u * unit * WIDTH;
+                for (int64_t t = first; t < end; t += 2, sums += 2 * height) {
+                    const char *&line = ahead[part];
+                    if (together > 2) {  // a pair's share of the panels' next unit
+                        const int64_t share = t / 2 * lines * unit * 2, in = unit * WIDTH * 2;
+                        line = (const char *)(w + (u + 1 < job.w.n_units ? unit * WIDTH : width * panel) + share / in * apart);
+                        line += share % in;
+                    }
+                    auto meanwhile = [&] {
+                        for (int64_t i = 0; i < lines; i++, line += 64) __builtin_prefetch(line, 0, 2);
+                        rest.some(some);
+                    };
+                    const Tiles both = x.tiles(job, t, u * unit);
+                    t + 1 < end ? by_tiles_of_rows<2, Q, false>(w, apart, both, height, unit, meanwhile, sums, rows, fresh)
+                                : by_tiles_of_rows<1, Q, false>(w, apart, both, height, unit, meanwhile, sums, rows, fresh);
+                }
+                sums += Q * rows - (end - first + 1) / 2 * 2 * height;
+            }
+            if (!whole) mine.push(job.first + u);
+        }
+        rest.some(rest.end);
+        rest = {&job, mine.plane(0), mine.each, whole ? 1 : mine.size, Q * rows, parts, Q, rows};
+        rest.m = x.m + first * height, rest.n = n, rest.end = std::min(rows, x.rows - first * height);
+    }
+}
+
+// Called by every thread of a team. Each takes its share of the panels, by all rows if there are panels for all threads.
+inline void by_tiles(const Job &job, int threads) {
+    const int64_t panels = (job.n + WIDTH - 1) / WIDTH, pairs = (panels + 1) / 2;
+    const int64_t most = std::clamp<int64_t>(X_BLOCK / 2 / job.numbers_a_row(), 4 * WIDTH, 32 * WIDTH) / (2 * WIDTH) * (2 * WIDTH);
+    const int64_t blocks = (job.m + most - 1) / most, all = blocks * pairs;
+    static thread_local Wide x;
+    static thread_local Roots roots[2];
+#pragma omp for schedule(static, 1) nowait
+    for (int64_t t = 0; t < threads; t++) {
+        const int64_t begin = all * t / threads, end = all * (t + 1) / threads;
+        Rest rest;
+        for (int64_t block = 0; block < blocks; block++) {
+            auto first = [=](int64_t at) { return std::min(pairs, (std::max<int64_t>(0, at - block) + blocks - 1) / blocks); };
+            if (first(begin) == first(end)) continue;
+            x.take<bf16>(job, job.m * block / blocks, job.m * (block + 1) / blocks);
+            set_up_tiles(x.height);
+            for (int64_t n = 2 * first(begin); n < std::min(panels, 2 * first(end)); n += 2) {
+                if (job.end == End::GATED)
+                    tiled<2>(job, x, n, std::min<int64_t>(2, panels - n), roots, rest);
+                else
+                    n + 1 < panels ? tiled<2>(job, x, n, 1, roots, rest) : tiled<1>(job, x, n, 1, roots, rest);
+            }
+        }
+        rest.some(rest.end);
+        let_tiles_go();
+    }
+}
+
+#else
+
+inline void by_tiles(const Job &, int) {}
+
+#endif
+
+}  // namespace
