@@ -46,7 +46,12 @@ struct Tiles {
 // Sixteen numbers as bf16; one below the normal numbers becomes zero.
 INLINE void narrow(bf16 *p, Lanes a) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
 
-// The same of twice sixteen.
+// The same as numbers again.
+INLINE Lanes narrowed(Lanes a) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a.v)), 16))};
+}
+
+// Twice sixteen.
 INLINE void narrow(bf16 *p, Lanes a, Lanes b) { _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v)); }
 
 // n numbers of x, then zeros up to `room`, as words that meet pairs of weights.

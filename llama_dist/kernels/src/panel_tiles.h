@@ -20,52 +20,52 @@ struct Rest {
     int64_t m = 0, n = 0, at = 0, end = 0;  // row and panel of the first; rows that are done, and all
 
     void some(int64_t rows) {
-        for (; rows > 0 && at < end; rows--, at++) {
-            if (job->end == End::GATED)
-                gate();
-            else
-                for (int64_t p = 0; p < (job->end == End::TOTAL ? 1 : planes); p++) put(p);
-        }
+        const int64_t stop = std::min(end, at + rows);
+        if (at < stop) job->end == End::GATED ? gate(stop) : job->end == End::TOTAL ? add_up(stop) : put(stop);
     }
 
   private:
-    Lanes sum(int64_t p, int64_t panel) const { return sums[p * plane + panel * stride + at]; }
-    Lanes with_bias(Lanes v, int64_t column) const {
-        return job->bias ? v + job->numbers(job->bias, column, job->n - column) : v;
-    }
-    void put(int64_t p) {
-        Lanes v[2];
-        for (int64_t i = 0; i < panels; i++) {
-            v[i] = sum(p, i);
-            if (job->end == End::TOTAL) {
-                v[i] = sum(planes - 1, i);
-                for (int64_t left = planes - 2; left >= 0; left--) v[i] = sum(left, i) + v[i];
+    // Where row `at` and panel n of y are, and how many columns there are from there on.
+    int64_t place() const { return (m + at) * job->ldy + n * WIDTH; }
+    int64_t left() const { return job->n - n * WIDTH; }
+
+    void put(int64_t stop) {
+        const bool lines = panels == 2 && left() >= 2 * WIDTH && !job->y_f32;
+        for (; at < stop; at++)
+            for (int64_t p = 0; p < planes; p++) {
+                const Lanes *sum = sums + p * plane + at;
+                const int64_t to = p * job->plane + place();
+                Lanes v[2] = {sum[0], sum[panels == 2 ? stride : 0]};
+                for (int64_t i = 0; job->bias && i < panels; i++)
+                    v[i] = v[i] + job->numbers(job->bias, (n + i) * WIDTH, left() - i * WIDTH);
+                if (lines) {
+                    narrow((bf16 *)job->y + to, v[0], v[1]);
+                    continue;
+                }
+                for (int64_t i = 0; i < panels; i++) {
+                    const int64_t here = to + i * WIDTH, columns = left() - i * WIDTH;
+                    if (job->y_f32)
+                        store((float *)job->y + here, v[i], columns);
+                    else
+                        columns >= WIDTH ? narrow((bf16 *)job->y + here, v[i]) : store((bf16 *)job->y + here, v[i], columns);
+                }
             }
-            v[i] = with_bias(v[i], (n + i) * WIDTH);
-        }
-        const int64_t column = n * WIDTH, left = job->n - column, to = p * job->plane + (m + at) * job->ldy + column;
-        if (job->y_f32) {
-            for (int64_t i = 0; i < panels; i++) store((float *)job->y + to + i * WIDTH, v[i], left - i * WIDTH);
-        } else if (job->end == End::TOTAL) {  // rounded as add_planes does it
-            for (int64_t i = 0; i < panels; i++) store((bf16 *)job->y + to + i * WIDTH, v[i], left - i * WIDTH);
-        } else if (panels == 2 && left >= 2 * WIDTH) {
-            narrow((bf16 *)job->y + to, v[0], v[1]);
-        } else {
+    }
+    void add_up(int64_t stop) {  // the tree's roots, the last ones first; rounded as a sum of planes is
+        for (; at < stop; at++)
             for (int64_t i = 0; i < panels; i++) {
-                bf16 *y = (bf16 *)job->y + to + i * WIDTH;
-                left >= (i + 1) * WIDTH ? narrow(y, v[i]) : store(y, v[i], left - i * WIDTH);
+                const Lanes *sum = sums + i * stride + at;
+                Lanes v = sum[(planes - 1) * plane];
+                for (int64_t p = planes - 2; p >= 0; p--) v = sum[p * plane] + v;
+                store((bf16 *)job->y + place() + i * WIDTH, v, left() - i * WIDTH);
             }
-        }
     }
-    void gate() {
-        auto number = [&](int64_t i, int64_t panel) {
-            bf16 row[WIDTH];
-            narrow(row, sums[i * part + panel * stride + at]);
-            return load(row);
-        };
-        bf16 *y = (bf16 *)job->y + (m + at) * job->ldy + n * WIDTH;
-        for (int64_t i = 0; i < parts; i++)
-            store(y + i * WIDTH, gated<bf16>(number(i, 0), number(i, 1)), job->n - (n + i) * WIDTH);
+    void gate(int64_t stop) {
+        for (; at < stop; at++)
+            for (int64_t i = 0; i < parts; i++) {
+                const Lanes *sum = sums + i * part + at;
+                store((bf16 *)job->y + place() + i * WIDTH, gated<bf16>(narrowed(sum[0]), narrowed(sum[stride])), left() - i * WIDTH);
+            }
     }
 };
 
