@@ -37,6 +37,8 @@ SHAPES = (
     (13, 6, 513),
     (70, 64, 1100),
     (520, 40, 600),
+    (100, 50, 576),
+    (150, 35, 2304),
 )
 """Rows, columns, and what is summed."""
 NEEDS = {0: {"fma"}, 1: {"avx2", "fma"}, 2: {"avx512f", "avx512bw", "avx512vl", "avx512dq"}}
@@ -92,7 +94,7 @@ def test_an_entry_depends_on_its_row_and_column_alone(dtype: torch.dtype, m: int
 def test_units_are_summed_in_the_tree(dtype: torch.dtype, unit: int, n_units: int) -> None:
     w = draws(19, unit * n_units, dtype=dtype, seed=1)
     held = laid(w, n_units)
-    for m in (1, 6, 30):
+    for m in (1, 6, 30, 70):
         x = draws(m, unit * n_units, dtype=dtype)
         alone = [product.unit_sums(a, laid(b), 0)[0] for a, b in zip(x.split(unit, 1), w.split(unit, 1), strict=True)]
         true = total([(0, i) for i in range(n_units)], alone)

@@ -1,4 +1,4 @@
-"""A program by itself: rows looked up, threads that wait, a head that is left out, and calls that are refused."""
+"""A program by itself: rows looked up, products and what follows them, threads that wait, a head left out, calls refused."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from llama_dist.kernels.program import Call, Program
+from llama_dist.kernels.small import silu_mul
+from llama_dist.kernels.tree import roots, total
+from llama_dist.quant import product
 from llama_dist.quant.pack import pack
 from llama_dist.quant.packed import EXACT, Packed, empty
 from tests.kernel_cases import DTYPES, need_kernels, same_bits, threads
@@ -22,10 +25,14 @@ def table(dtype: torch.dtype) -> torch.Tensor:
     return rows
 
 
-def laid(w: torch.Tensor) -> Packed:
-    held = empty(EXACT[w.dtype], len(w), w.shape[1], 1, w.device)
+def laid(w: torch.Tensor, n_units: int = 1) -> Packed:
+    held = empty(EXACT[w.dtype], len(w), w.shape[1] // n_units, n_units, w.device)
     pack(held, w)
     return held
+
+
+def draws(n: int, width: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def call(tokens: list[int], **other: int) -> tuple[Call, Any]:
@@ -38,7 +45,7 @@ def call(tokens: list[int], **other: int) -> tuple[Call, Any]:
         angles[-1] = other["angle"]
     zero, one, cos = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32), torch.zeros(1, 4)
     held = (ids, slots, angles, zero, zero, one, cos, cos)
-    return Call(n, 1, 1, 16, VOCAB, 1, *(t.data_ptr() for t in held)), held
+    return Call(n, 1, 1, other.get("n_slots", 16), VOCAB, 1, *(t.data_ptr() for t in held)), held
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,6 +84,56 @@ def test_the_head_may_be_left_out(dtype: torch.dtype) -> None:
     program.run(asked)
     assert same_bits(x[:2], w[3:5]) and (y[2:] == 9).all()
     assert torch.allclose(y[:2].float(), (w[3:5].double() @ w.double().T).float(), rtol=0.01, atol=0.05)
+
+
+ROWS = (1, 3, 16, 17, 40, 64, 71, 200)
+"""Few that go one by one, a tile, several, and some that do not fill the last."""
+
+
+@pytest.mark.parametrize(("hidden", "apart", "bias"), [(96, 96, False), (40, 48, False), (40, 40, False), (32, 32, True)])
+@pytest.mark.parametrize(("dim", "at"), [(64, 0), (64, 8), (37, 0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gate_after_its_product(dtype: torch.dtype, dim: int, at: int, hidden: int, apart: int, bias: bool) -> None:
+    """The bits of both one by one, however many rows are done as one; with other rows beside it nothing changes."""
+    need_kernels()
+    w = laid(draws(apart + hidden, dim, dtype))
+    b = draws(1, apart + hidden, dtype, 1)[0].contiguous() if bias else None
+    program = Program(max(ROWS), dtype)
+    x, y = program.rows("x", dim + at)[:, at:], program.rows("y", apart + hidden)
+    x.copy_(draws(max(ROWS), dim, dtype, 2))
+    out = program.rows("out", hidden)
+    program.linear(x, w, b, y)
+    program.gate(y[:, :hidden], y[:, apart:], out)
+    made = product.linear(x, w, b)
+    true = silu_mul(made[:, :hidden], made[:, apart:])
+    for n in ROWS:
+        for n_threads in (1, 3):
+            out.fill_(9)
+            asked, _held = call([0] * n, n_slots=max(ROWS))
+            with threads(n_threads):
+                program.run(asked)
+            assert same_bits(out[:n], true[:n]) and (out[n:] == 9).all(), (n, n_threads)
+
+
+@pytest.mark.parametrize(("width", "unit", "n_units"), [(50, 64, 9), (32, 32, 8), (17, 24, 5), (48, 288, 11)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sum_of_planes_after_its_product(dtype: torch.dtype, width: int, unit: int, n_units: int) -> None:
+    need_kernels()
+    w, nodes = laid(draws(width, unit * n_units, dtype), n_units), roots(0, n_units)
+    program = Program(max(ROWS), dtype)
+    x, y = program.rows("x", unit * n_units), program.rows("y", width)
+    x.copy_(draws(max(ROWS), unit * n_units, dtype, 2))
+    planes = program.rows("planes", width, len(nodes))
+    program.unit_sums(x, w, 0, planes)
+    program.add_planes(planes, nodes, y)
+    true = total(nodes, list(product.unit_sums(x, w, 0))).to(dtype)
+    for n in ROWS:
+        for n_threads in (1, 3):
+            y.fill_(9)
+            asked, _held = call([0] * n, n_slots=max(ROWS))
+            with threads(n_threads):
+                program.run(asked)
+            assert same_bits(y[:n], true[:n]) and (y[n:] == 9).all(), (n, n_threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

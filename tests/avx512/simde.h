@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstring>
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -105,6 +106,33 @@ inline __m256i bf16_of(__m512 x) {
     });
 }
 
+// What x is above the whole number below it.
+inline __m512 above_whole(__m512 x, int) {
+    return each<16, float, float, __m512>(x, [](float v) { return v - v == 0 ? v - floorf(v) : 0.0f; });
+}
+
+// x times 2 to the whole number below y
+inline __m512 scaled(__m512 x, __m512 y) {
+    float a[16], b[16];
+    memcpy(a, &x, 64), memcpy(b, &y, 64);
+    for (int i = 0; i < 16; i++) a[i] = b[i] < -1000 ? 0.0f : b[i] - b[i] == 0 ? ldexpf(a[i], int(floorf(b[i]))) : a[i] * b[i];
+    memcpy(&x, a, 64);
+    return x;
+}
+
+inline __m256 half(__m512 x, int i) {
+    __m256 halves[2];
+    memcpy(halves, &x, 64);
+    return halves[i];
+}
+
+inline __m512i both_bf16(__m512 high, __m512 low) {
+    __m256i halves[2] = {bf16_of(low), bf16_of(high)};
+    __m512i result;
+    memcpy(&result, halves, 64);
+    return result;
+}
+
 }  // namespace lanes_by_hand
 
 #undef _mm512_maskz_loadu_ps
@@ -115,6 +143,13 @@ inline __m256i bf16_of(__m512 x) {
 #define _mm512_srai_epi32 lanes_by_hand::shifted
 #undef _mm512_cvtneps_pbh
 #define _mm512_cvtneps_pbh lanes_by_hand::bf16_of
+#undef _mm512_cvtne2ps_pbh
+#define _mm512_cvtne2ps_pbh lanes_by_hand::both_bf16
+#undef _mm512_extractf32x8_ps
+#define _mm512_extractf32x8_ps lanes_by_hand::half
+#define _mm512_reduce_ps lanes_by_hand::above_whole
+#undef _mm512_scalef_ps
+#define _mm512_scalef_ps lanes_by_hand::scaled
 #undef _mm512_dpbf16_ps
 #define _mm512_dpbf16_ps lanes_by_hand::dot_pairs
 #define _mm512_reduce_max_ps lanes_by_hand::greatest

@@ -116,7 +116,8 @@ INLINE void pair_values(const bf16 *const *pages, int from, int to, int dim, Ahe
 }
 
 // scores [height][pages][16] of q [height][dim], dim a multiple of 32, and pages begin ... end - 1.
-INLINE void score_pages(const bf16 *q, int height, const bf16 *const *keys, int begin, int end, int dim, Ahead &ahead, float *scores) {
+INLINE void score_pages(const bf16 *q, int height, const bf16 *const *keys, int begin, int end, int dim, Ahead &ahead,
+                        float *scores) {
 #if TILES
     if (has_tiles()) {
         for (int p = begin; p < end; p += 4) {
@@ -137,7 +138,8 @@ INLINE void score_pages(const bf16 *q, int height, const bf16 *const *keys, int 
     }
 }
 
-// sums [height][dim], rows `stride` apart: weights as weigh_pages leaves them by panels as pair_values does, pairs begin ... end - 1.
+// sums [height][dim], rows `stride` apart: weights as weigh_pages leaves them by panels as pair_values does, of pairs begin ...
+// end - 1.
 INLINE void add_values(const float *weights, int height, const bf16 *panels, int begin, int end, int dim, float *sums,
                        long stride) {
     const bf16 *x = (const bf16 *)(weights + begin * TOGETHER);
@@ -145,7 +147,8 @@ INLINE void add_values(const float *weights, int height, const bf16 *panels, int
 #if TILES
     if (has_tiles()) {
         for (int at = 0; at < dim; at += 4 * WIDTH)
-            halves_by_panels(x, ACROSS * 4, panels + at * TOGETHER, TOGETHER * dim, end - begin, (dim - at) / WIDTH, sums + at, stride);
+            halves_by_panels(x, ACROSS * 4, panels + at * TOGETHER, TOGETHER * dim, end - begin, (dim - at) / WIDTH, sums + at,
+                             stride);
         return;
     }
 #endif
@@ -165,7 +168,8 @@ INLINE void add_values(const float *weights, int height, const bf16 *panels, int
 void attend_dots(const Rows<bf16> &rows, const bf16 *q, int start, int stop, const Seen &seen, float *state) {
     const Job<bf16> &job = rows.job;
     const int chunks = job.chunks(), dim = job.dim, n = rows.tile.rows, height = rows.height();
-    const int origin = start / SEGMENT * SEGMENT, first = (start - origin) / TOGETHER * 2, pages = (stop - origin - 1) / PAGE + 1;
+    const int origin = start / SEGMENT * SEGMENT;
+    const int first = (start - origin) / TOGETHER * 2, pages = (stop - origin - 1) / PAGE + 1;
     const long stride = job.stride();
     alignas(64) float scores[WIDTH * ACROSS];
     alignas(64) bf16 panels[SEGMENT * MAX_DIM];

@@ -111,7 +111,8 @@ inline bool has_tiles() {
 // What comes before is in memory: a compiler may not know what a tile's instruction reads.
 INLINE void written() { asm volatile("" ::: "memory"); }
 
-// Of this thread, until it lets go of them: sums 0 to 3 and rows of x, 4 and 5, of `height` rows; weights, 6 and 7, of sixteen pairs.
+// Of this thread, until it lets go of them: sums 0 to 3 and rows of x, 4 and 5, of `height` rows; weights, 6 and 7, of sixteen
+// pairs.
 inline void set_up_tiles(int64_t height) {
     struct alignas(64) {
         uint8_t palette = 1, start = 0, none[14] = {};
@@ -208,11 +209,11 @@ INLINE void tile_by_panels(const bf16 *x, const bf16 *const *w, int panels, int6
     written();
 }
 
-// Sums [rows][panel][16], rows `stride` apart, of up to four panels, an even number, and of numbers that are sums of two: for each
-// of n times 32 numbers x has those of a row, `row_bytes` from the next row's, first [32] then second [32]. One time's part of
-// the panels is `next` numbers from the next's. To the sum come the products of the first ones, then those of the second.
-INLINE void halves_by_panels(const bf16 *x, int64_t row_bytes, const bf16 *w, int64_t next, int64_t n, int64_t panels, float *sums,
-                             int64_t stride) {
+// Sums [rows][panel][16], rows `stride` apart, of up to four panels, an even number, and of numbers that are sums of two: for
+// each of n times 32 numbers x has those of a row, `row_bytes` from the next row's, first [32] then second [32]. One time's part
+// of the panels is `next` numbers from the next's. To the sum come the products of the first ones, then those of the second.
+INLINE void halves_by_panels(const bf16 *x, int64_t row_bytes, const bf16 *w, int64_t next, int64_t n, int64_t panels,
+                             float *sums, int64_t stride) {
     constexpr int PANEL = TOGETHER * WIDTH;
     written();
     _tile_zero(0);

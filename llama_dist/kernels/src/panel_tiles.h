@@ -64,7 +64,8 @@ struct Rest {
         for (; at < stop; at++)
             for (int64_t i = 0; i < parts; i++) {
                 const Lanes *sum = sums + i * part + at;
-                store((bf16 *)job->y + place() + i * WIDTH, gated<bf16>(narrowed(sum[0]), narrowed(sum[stride])), left() - i * WIDTH);
+                const Lanes v = gated<bf16>(narrowed(sum[0]), narrowed(sum[stride]));
+                store((bf16 *)job->y + place() + i * WIDTH, v, left() - i * WIDTH);
             }
     }
 };
@@ -118,7 +119,8 @@ template <int Q> void tiled(const Job &job, const Wide &x, int64_t n, int64_t pa
 // Called by every thread of a team. Each takes its share of the panels, by all rows if there are panels for all threads.
 inline void by_tiles(const Job &job, int threads) {
     const int64_t panels = (job.n + WIDTH - 1) / WIDTH, pairs = (panels + 1) / 2;
-    const int64_t most = std::clamp<int64_t>(X_BLOCK / 2 / job.numbers_a_row(), 4 * WIDTH, 32 * WIDTH) / (2 * WIDTH) * (2 * WIDTH);
+    const int64_t fitting = X_BLOCK / int64_t(sizeof(bf16)) / job.numbers_a_row();
+    const int64_t most = std::clamp<int64_t>(fitting, 4 * WIDTH, 32 * WIDTH) / (2 * WIDTH) * (2 * WIDTH);
     const int64_t blocks = (job.m + most - 1) / most, all = blocks * pairs;
     static thread_local Wide x;
     static thread_local Roots roots[2];

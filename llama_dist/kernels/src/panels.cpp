@@ -118,8 +118,8 @@ void put_rows(const Job &job, const Wide &x, int64_t n, int64_t apart, const Lan
 // All rows of `x`, from number `at` of each on, by P panels, by the instructions of dots.h; fresh sums are not added to.
 #if DOTS
 template <int P>
-INLINE void multiplied(const Job &job, const Wide &x, int64_t ldx, int64_t at, const bf16 *w, int64_t panel, int64_t k, Lanes *sums,
-                       bool fresh) {
+INLINE void multiplied(const Job &job, const Wide &x, int64_t ldx, int64_t at, const bf16 *w, int64_t panel, int64_t k,
+                       Lanes *sums, bool fresh) {
 #if TILES
     if (x.height)  // one tile
         return by_tiles_of_rows<1, P, true>(w, panel, x.tiles(job, 0, at), x.height, k, [] {}, sums, x.room, fresh);

@@ -101,7 +101,8 @@ void team::rope_write(int is_bf16, void *q, long q_stride, const void *k, long k
                 rotate(query + j * dim, c, s, query + j * dim, dim / 2);
             T key[MAX_DIM];
             rotate((const T *)k + i * k_stride + h * dim, c, s, key, dim / 2);
-            for (long j = 0; j < dim; j++) to[in_panel<T>(in_page, j)] = key[j];
+            constexpr long PAIR = sizeof(T) == 2 ? 2 : 1;  // numbers that stay side by side
+            for (long j = 0; j < dim; j += PAIR) memcpy(to + in_panel<T>(in_page, j), key + j, PAIR * sizeof(T));
             memcpy(value, (const T *)v + i * v_stride + h * dim, dim * sizeof(T));
         }
     });
