@@ -1,4 +1,4 @@
-"""A program by itself: rows looked up, products and what follows them, threads that wait, a head left out, calls refused."""
+"""A program by itself: rows looked up, products and what follows them, threads that wait, calls that are refused."""
 
 from __future__ import annotations
 
@@ -90,11 +90,22 @@ ROWS = (1, 3, 16, 17, 40, 64, 71, 200)
 """Few that go one by one, a tile, several, and some that do not fill the last."""
 
 
-@pytest.mark.parametrize(("hidden", "apart", "bias"), [(96, 96, False), (40, 48, False), (40, 40, False), (32, 32, True)])
+def check_rows(program: Program, out: torch.Tensor, true: torch.Tensor) -> None:
+    """However many rows the program is run for, they become `true`, and those beside them stay."""
+    for n in ROWS:
+        for n_threads in (1, 3):
+            out.fill_(9)
+            asked, _held = call([0] * n, n_slots=max(ROWS))
+            with threads(n_threads):
+                program.run(asked)
+            assert same_bits(out[:n], true[:n]) and (out[n:] == 9).all(), (n, n_threads)
+
+
+@pytest.mark.parametrize(("hidden", "apart", "bias"), [(96, 96, 0), (40, 48, 0), (40, 40, 0), (32, 32, 1)])
 @pytest.mark.parametrize(("dim", "at"), [(64, 0), (64, 8), (37, 0)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_gate_after_its_product(dtype: torch.dtype, dim: int, at: int, hidden: int, apart: int, bias: bool) -> None:
-    """The bits of both one by one, however many rows are done as one; with other rows beside it nothing changes."""
+def test_a_gate_after_its_product(dtype: torch.dtype, dim: int, at: int, hidden: int, apart: int, bias: int) -> None:
+    """The bits of both one by one, also where they are done as one."""
     need_kernels()
     w = laid(draws(apart + hidden, dim, dtype))
     b = draws(1, apart + hidden, dtype, 1)[0].contiguous() if bias else None
@@ -106,13 +117,7 @@ def test_a_gate_after_its_product(dtype: torch.dtype, dim: int, at: int, hidden:
     program.gate(y[:, :hidden], y[:, apart:], out)
     made = product.linear(x, w, b)
     true = silu_mul(made[:, :hidden], made[:, apart:])
-    for n in ROWS:
-        for n_threads in (1, 3):
-            out.fill_(9)
-            asked, _held = call([0] * n, n_slots=max(ROWS))
-            with threads(n_threads):
-                program.run(asked)
-            assert same_bits(out[:n], true[:n]) and (out[n:] == 9).all(), (n, n_threads)
+    check_rows(program, out, true)
 
 
 @pytest.mark.parametrize(("width", "unit", "n_units"), [(50, 64, 9), (32, 32, 8), (17, 24, 5), (48, 288, 11)])
@@ -127,13 +132,7 @@ def test_a_sum_of_planes_after_its_product(dtype: torch.dtype, width: int, unit:
     program.unit_sums(x, w, 0, planes)
     program.add_planes(planes, nodes, y)
     true = total(nodes, list(product.unit_sums(x, w, 0))).to(dtype)
-    for n in ROWS:
-        for n_threads in (1, 3):
-            y.fill_(9)
-            asked, _held = call([0] * n, n_slots=max(ROWS))
-            with threads(n_threads):
-                program.run(asked)
-            assert same_bits(y[:n], true[:n]) and (y[n:] == 9).all(), (n, n_threads)
+    check_rows(program, y, true)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

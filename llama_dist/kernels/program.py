@@ -2,8 +2,8 @@
 
 Each operation is packed with the addresses of its tensors, which the program keeps alive. Rows are those of the call:
 tensors have room for `most` of them. The bits are those of the same operations called one by one. A product whose next
-operation adds up its planes, or is the gate of what it made, may be done with that as one: nothing else may read what is
-handed on.
+operation adds up its planes, or is the gate of what it made, may be done with that as one: nothing else may read what
+is handed on.
 """
 
 from __future__ import annotations
