@@ -78,7 +78,9 @@ template <int Q> void tiled(const Job &job, const Wide &x, int64_t n, int64_t pa
     const int64_t unit = job.unit_numbers(), ldx = job.numbers_a_row(), panel = job.panel(), height = x.height;
     const int64_t apart = gate ? job.up * panel : panel, width = gate ? parts : Q;
     const int64_t tiles = x.room / height, pairs = (tiles + 1) / 2, together = ldx > SHORT ? tiles : 2;
-    const int64_t lines = ((ldx > SHORT ? Q : width) * GROUP / 2 + pairs - 1) / pairs;
+    // For few rows memory is what counts: there the processor's own reading ahead, given a start, is ahead of all calling in.
+    const bool few = pairs <= 2;
+    const int64_t lines = few ? 0 : ((ldx > SHORT ? Q : width) * GROUP / 2 + pairs - 1) / pairs;
     const bf16 *codes = (const bf16 *)job.w.codes + n * panel;
     const char *ahead[2] = {(const char *)(codes + width * panel), (const char *)(codes + width * panel + apart)};
     for (int64_t first = 0; first < tiles; first += together) {
@@ -93,7 +95,7 @@ template <int Q> void tiled(const Job &job, const Wide &x, int64_t n, int64_t pa
                 const bf16 *w = codes + part * panel + u * unit * WIDTH;
                 for (int64_t t = first; t < end; t += 2, sums += 2 * height) {
                     const char *&line = ahead[part];
-                    if (together > 2) {  // a pair's share of the panels' next unit
+                    if (together > 2 && lines) {  // a pair's share of the panels' next unit
                         const int64_t share = t / 2 * lines * unit * 2, in = unit * WIDTH * 2;
                         line = (const char *)(w + (u + 1 < job.w.n_units ? unit * WIDTH : width * panel) + share / in * apart);
                         line += share % in;
@@ -103,8 +105,16 @@ template <int Q> void tiled(const Job &job, const Wide &x, int64_t n, int64_t pa
                         rest.some(some);
                     };
                     const Tiles both = x.tiles(job, t, u * unit);
-                    t + 1 < end ? by_tiles_of_rows<2, Q, false>(w, apart, both, height, unit, meanwhile, sums, rows, fresh)
-                                : by_tiles_of_rows<1, Q, false>(w, apart, both, height, unit, meanwhile, sums, rows, fresh);
+                    auto multiply = [&](auto with, auto call) {
+                        constexpr int R = decltype(with)::value;
+                        by_tiles_of_rows<R, Q, decltype(call)::value>(w, apart, both, height, unit, meanwhile, sums, rows, fresh);
+                    };
+                    const std::integral_constant<int, 1> one;
+                    const std::integral_constant<int, 2> two;
+                    if (few && t == 0)
+                        t + 1 < end ? multiply(two, std::true_type{}) : multiply(one, std::true_type{});
+                    else
+                        t + 1 < end ? multiply(two, std::false_type{}) : multiply(one, std::false_type{});
                 }
                 sums += Q * rows - (end - first + 1) / 2 * 2 * height;
             }
