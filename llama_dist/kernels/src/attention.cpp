@@ -2,16 +2,17 @@
 // position 0 on, with a running maximum and sum; every 512 keys the running numbers start anew and are merged in order.
 //
 // A score is one chain of products along the head, a value one along the keys. So a row's bits follow from its query, its
-// keys and their positions, however rows are tiled and dealt to threads.
+// keys and their positions, however rows are tiled and dealt to threads. By the instructions of dots.h 512 keys are taken at
+// once (attention_dots.h), of which the same holds.
 #include "attention_dots.h"
 #include "attention_tiles.h"
 #include "team.h"
 
 namespace {
 
-// The weights of a row's keys first ... end - 1 of a block, by their scores [64] times `by`: take(page, weights). The row's
+// The weights of a row's keys first ... end - 1 of a block, by their scores [64] times `by`, in place of the scores. The row's
 // numbers are brought to its new greatest score.
-template <class Take> INLINE void weigh(const float *scores, float by, int first, int end, float *row, int chunks, Take take) {
+INLINE void weigh(float *scores, float by, int first, int end, float *row, int chunks) {
     const int page = first / PAGE, stop = (end - 1) / PAGE + 1;
     Lanes s[BLOCK / PAGE];
     Lanes greatest = all(-INFINITY);
@@ -31,14 +32,9 @@ template <class Take> INLINE void weigh(const float *scores, float by, int first
     for (int p = page; p < stop; p++) {
         const Lanes weights = exp2(s[p] - highest);
         total = total + weights;
-        take(p, weights);
+        store(scores + p * PAGE, weights);
     }
     store(total_of(row, chunks), total);
-}
-
-// The same, in place of the scores.
-INLINE void weigh(float *scores, float by, int first, int end, float *row, int chunks) {
-    weigh(scores, by, first, end, row, chunks, [=](int page, Lanes weights) { store(scores + page * PAGE, weights); });
 }
 
 // One token's few rows over keys start ... stop - 1 of a segment, read as they lie in the cache: first all keys, then all

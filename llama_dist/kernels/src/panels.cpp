@@ -139,7 +139,7 @@ INLINE void multiplied(const Job &job, const Wide &x, int64_t ldx, int64_t at, c
 template <class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, int64_t apart, Roots &roots) {
     constexpr bool FACTORS = std::is_same_v<W, e4m3>;
     const bool whole = job.first < 0;
-    const int64_t unit = job.unit_numbers(), ldx = job.numbers_a_row(), panel = job.w.block_groups * GROUP * WIDTH;
+    const int64_t unit = job.unit_numbers(), ldx = job.numbers_a_row(), panel = job.panel();
     const W *w = (const W *)job.w.codes + n * panel;
     const float *numbers = x.as<float>();
     alignas(64) float room[K_BLOCK * WIDTH];

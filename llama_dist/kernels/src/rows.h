@@ -228,10 +228,10 @@ INLINE void store(T *p, Lanes a, long n) {
     memcpy(p, row, n * sizeof(T));
 }
 
-// Call numbers that are soon read into the first cache, or the second.
-template <int CACHE = 1, class T>
+// Call numbers that are soon read into the cache.
+template <class T>
 INLINE void call_in(const T *p, long numbers) {
-    for (long byte = 0; byte < numbers * long(sizeof(T)); byte += 64) __builtin_prefetch((const char *)p + byte, 0, 4 - CACHE);
+    for (long byte = 0; byte < numbers * long(sizeof(T)); byte += 64) __builtin_prefetch((const char *)p + byte);
 }
 
 // What the numbers are after a round trip through T.
