@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import io
+import itertools
+import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +22,7 @@ from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: i
 
 from llama_dist.config import RunConfig
 from llama_dist.errors import ConfigError, PeerLost
-from llama_dist.parallel import shared
+from llama_dist.parallel import groups, shared
 from llama_dist.parallel.launch import Launch, check_launch, read_launch
 from llama_dist.parallel.network import address_towards, interface_between
 from llama_dist.parallel.watch import Watch
@@ -113,11 +118,6 @@ def open_store(launch: Launch, timeout: datetime.timedelta) -> Store:
     return PrefixStore(f"llama_dist/{launch.attempt}", store)
 
 
-def _set_timeout(group: dist.ProcessGroup, timeout: datetime.timedelta) -> None:
-    # fairscale creates its groups with torch's 30-minute default whatever the default group has.
-    dist.distributed_c10d._set_pg_timeout(timeout, group)
-
-
 def _use_reachable_interface(store: Store, launch: Launch) -> None:
     """Let gloo listen where the other hosts can reach this one, unless the user has said where."""
     if launch.size == launch.local_size or "GLOO_SOCKET_IFNAME" in os.environ:
@@ -170,45 +170,63 @@ def join(run: RunConfig, watch: Watch | None = None) -> World:
         store.set(f"here/{launch.rank}", "")
         try:
             _use_reachable_interface(store, launch)
-            dist.init_process_group("gloo", store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
+            dist.init_process_group(
+                groups.backend(), store=store, rank=launch.rank, world_size=launch.size, timeout=timeout
+            )
+            if launch.size > launch.local_size:
+                groups.connect(dist.group.WORLD)
+            watch.attach(store, launch, run.timeout)  # waits for the others' cards
         except (dist.DistError, RuntimeError) as err:
             raise PeerLost(
                 f"rank {launch.rank}: the {launch.size} ranks did not meet within {run.timeout:g} s"
                 f"{_missing(store, launch)}"
             ) from err
-        watch.attach(store, launch, run.timeout)
     if not fs.model_parallel_is_initialized():
         with contextlib.redirect_stdout(sys.stderr if run.verbose else io.StringIO()):  # fairscale prints to stdout
-            fs.initialize_model_parallel(mp_size, model_parallel_backend="nccl" if device.type == "cuda" else "gloo")
+            fs.initialize_model_parallel(mp_size, model_parallel_backend="nccl" if device.type == "cuda" else None)
     elif fs.get_model_parallel_world_size() != mp_size:
         raise ConfigError(
             f"this process already runs model-parallel size {fs.get_model_parallel_world_size()}, asked for {mp_size}"
         )
     mp_group = fs.get_model_parallel_group()
     for group in (mp_group, fs.get_data_parallel_group(), fs.get_pipeline_parallel_group()):
-        _set_timeout(group, timeout)
+        groups.set_timeout(group, timeout)
     world = _world(launch, mp_size, device, timeout, mp_group, watch)
     _share_memory(world, run.timeout)
     return world
 
 
 def _share_memory(world: World, timeout: float) -> None:
-    """Give the ranks of a replica shared memory, where they are on CPU and may all be on this host."""
-    from llama_dist.parallel.control import collect
+    """Give a replica's ranks shared memory, where they are on CPU and may all be on this host; the rest connect."""
+    from llama_dist.parallel.control import guarded
 
     channel = world.replica_channel
     if world.device.type == "cpu" and 1 < world.mp_size <= world.local_size and shared.of(channel.group) is None:
         crowded = world.local_size > len(os.sched_getaffinity(0))
-        memory = shared.attach(
-            channel.group,
-            channel.rank,
-            channel.ranks,
-            timeout,
-            crowded,
-            lambda value: collect(world, value, channel),
+        collect = _collect_by_store(world.store, channel)
+        memory = guarded(
+            "sharing memory",
+            lambda: shared.attach(channel.group, channel.rank, channel.ranks, timeout, crowded, collect),
         )
         if memory is not None:
             world.watch.at_loss(memory.break_off)
+    for channel in (world.everyone, world.replica_channel):
+        if len(channel.ranks) > 1 and shared.of(channel.group) is None:
+            guarded("connecting the ranks", functools.partial(groups.connect, channel.group))
+
+
+def _collect_by_store(store: Store, channel: Channel) -> Callable[[Any], list[Any]]:
+    """Each rank's JSON value on all ranks of the channel, which do not meet over gloo for it."""
+    first, mine = channel.ranks[0], channel.ranks[channel.rank]
+    rounds = itertools.count()
+    joined = store.add(f"joined/{mine}", 1)  # a process may leave and join again
+
+    def collect(value: Any) -> list[Any]:
+        place = f"shared memory/{first}/{joined}/{next(rounds)}"
+        store.set(f"{place}/{mine}", json.dumps(value))
+        return [json.loads(store.get(f"{place}/{rank}")) for rank in channel.ranks]
+
+    return collect
 
 
 def _world(
@@ -227,7 +245,8 @@ def _world(
     replica_group = mp_group
     if device.type == "cuda":  # small messages stay on gloo; every rank takes part in making every group
         for first in range(0, launch.size, mp_size):
-            group = dist.new_group(list(range(first, first + mp_size)), timeout=timeout, backend="gloo")
+            ranks = list(range(first, first + mp_size))
+            group = dist.new_group(ranks, timeout=timeout, backend=groups.backend())
             if first == mine[0]:
                 replica_group = group
     replica_channel = Channel(replica_group, launch.rank % mp_size, mine)

@@ -5,6 +5,7 @@
 
 #include <atomic>
 
+#include "coming.h"
 #include "pause.h"
 
 namespace {
@@ -16,15 +17,16 @@ struct Meeting {
     alignas(128) std::atomic<unsigned> turn{0};
 };
 
-// Return when all `threads` have come; each then sees what the others wrote before.
-inline void meet(Meeting &m, int threads) {
+// Return when all `threads` have come; each then sees what the others wrote before. Meanwhile `coming` is called in.
+inline void meet(Meeting &m, int threads, Coming &coming) {
     const unsigned turn = m.turn.load(std::memory_order_relaxed);
     if (m.here.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
         m.here.store(0, std::memory_order_relaxed);
         m.turn.store(turn + 1, std::memory_order_release);
         return;
     }
-    for (int i = 0; m.turn.load(std::memory_order_acquire) == turn; i++) i < SPINS ? pause_briefly() : (void)sched_yield();
+    for (int i = 0; m.turn.load(std::memory_order_acquire) == turn;)
+        if (!coming.call()) i++ < SPINS ? pause_briefly() : (void)sched_yield();
 }
 
 }  // namespace

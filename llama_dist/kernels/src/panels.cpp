@@ -191,6 +191,12 @@ template <class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, 
     }
 }
 
+// How many panels some rows are multiplied by at once, at most.
+template <class W> int64_t together(int64_t rows, bool tiles) {
+    if (tiles || rows <= (MULTIPLIED<W> ? FEW_PAIRED : 1)) return 4;
+    return rows <= 3 || MULTIPLIED<W> ? 2 : 1;
+}
+
 // The rows of `x` by `count` panels from panel n on. Several at once are not neighbours: each goes through a run of its own,
 // so that what is called into the cache at a panel's end is what is read next.
 template <class W> void panels_from(const Job &job, const Wide &x, int64_t n, int64_t count, Roots &roots) {
@@ -200,8 +206,9 @@ template <class W> void panels_from(const Job &job, const Wide &x, int64_t n, in
         for (int64_t i = 0; i < apart; i++) stripe<W, P>(job, x, n + i, apart, roots);
         n += apart * P, count -= apart * P;
     };
-    if (x.rows <= (MULTIPLIED<W> ? FEW_PAIRED : 1) || x.height) runs(std::integral_constant<int, 4>{});
-    if (x.rows <= 3 || MULTIPLIED<W>) runs(std::integral_constant<int, 2>{});
+    const int64_t most = together<W>(x.rows, x.height);
+    if (most >= 4) runs(std::integral_constant<int, 4>{});
+    if (most >= 2) runs(std::integral_constant<int, 2>{});
     runs(std::integral_constant<int, 1>{});
 }
 
@@ -251,6 +258,19 @@ void lay_out(const T *w, int64_t ldw, int64_t rows, int64_t columns, int64_t uni
 }
 
 }  // namespace
+
+Coming team::coming_panels(const Packed &w, int64_t m, int64_t n, int t, int threads) {
+    const int64_t panels = (n + WIDTH - 1) / WIDTH, first = panels * t / threads, count = panels * (t + 1) / threads - first;
+    if (m > M_BLOCK || !count) return {};
+    auto of = [&](auto type) {
+        using W = decltype(type);
+        int64_t runs = together<W>(m, MULTIPLIED<W> && has_tiles());
+        while (runs > count) runs /= 2;
+        const int64_t panel = w.block_groups * GROUP * WIDTH * int64_t(sizeof(W)), apart = count / runs * panel;
+        return Coming::of((const char *)w.codes + first * panel, int(runs), apart, apart);
+    };
+    return w.bits == E4M3 ? of(e4m3{}) : w.bits == 16 ? of(bf16{}) : of(float{});
+}
 
 bool team::in_tiles(int is_bf16, const Packed &w, int64_t m) {
     return TILES && is_bf16 && w.bits == 16 && m > WIDTH && has_tiles();

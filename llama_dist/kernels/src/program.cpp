@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "coming.h"
 #include "meet.h"
 #include "rows.h"
 #include "shared.h"
@@ -14,6 +15,8 @@
 #include "tree.h"
 
 namespace {
+
+constexpr int64_t FEW = 16;  // rows of products that take as long as weights are read
 
 // y = the sum of planes [n_planes][n, dim] of floats in the tree of tree.py, whose nodes they are, in its type.
 template <class T>
@@ -28,7 +31,7 @@ void add_planes(const float *planes, long plane, const int64_t *nodes, long n_pl
 }
 
 // Called by every thread of the team. `fault` is what a sum among ranks ended with; after one there is no other.
-void run_one(const Op &op, const Step &step, int threads, int &fault) {
+void run_one(const Op &op, const Step &step, int threads, int &fault, Coming &coming) {
     const int64_t *v = op.v;
     auto p = [&](int i) { return reinterpret_cast<void *>(v[i]); };
     const int bf16s = int(step.is_bf16);
@@ -65,14 +68,13 @@ void run_one(const Op &op, const Step &step, int threads, int &fault) {
             break;
         case Op::SHARED_SUM:
 #pragma omp single nowait
-            if (!fault) fault = llama_dist_shared_sum(p(0), int(v[1]), bf16s, p(2), step.n * v[3]);
+            if (!fault) fault = shared_sum(p(0), int(v[1]), bf16s, p(2), step.n * v[3], &coming);
             break;
         case Op::SHARED_PLANES:
 #pragma omp single nowait
             if (!fault)
-                fault = llama_dist_shared_planes(p(0), int(v[1]), static_cast<const float *>(p(2)), v[3],
-                                                 static_cast<const int64_t *>(p(4)), static_cast<const int64_t *>(p(5)), bf16s,
-                                                 p(6), step.n * v[7]);
+                fault = shared_planes(p(0), int(v[1]), static_cast<const float *>(p(2)), v[3], static_cast<const int64_t *>(p(4)),
+                                      static_cast<const int64_t *>(p(5)), bf16s, p(6), step.n * v[7], &coming);
             break;
         case Op::EMBED:
             team::look_up(bf16s, p(0), v[1], v[2], v[3], v[4], v[5], step.tokens, step.n, v[6], p(7));
@@ -81,6 +83,15 @@ void run_one(const Op &op, const Step &step, int threads, int &fault) {
             team::likeliest(bf16s, p(0), v[1], step.n, v[2], static_cast<int64_t *>(p(3)));
             break;
     }
+}
+
+// What this thread reads first of the product after operation `at`, whose number `at` becomes.
+Coming coming_after(const Op *ops, int64_t n_ops, const Step &step, int threads, int64_t &at) {
+    do at++;
+    while (at < n_ops && ops[at].kind != Op::PACKED);
+    if (at == n_ops || step.n > FEW) return {};
+    const int64_t *v = ops[at].v;
+    return team::coming(*reinterpret_cast<const team::Packed *>(v[2]), step.n, v[8], omp_get_thread_num(), threads);
 }
 
 // Whether the first two operations are done as one, which they are here: a product of many rows with the sum of its planes, or
@@ -117,19 +128,23 @@ extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step
     Meeting meeting;
     auto since = std::chrono::steady_clock::now();
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < n_ops; i++) {
-        const int64_t clock = ops[i].clock;
-        if (i + 1 < n_ops && run_two(ops + i, *step, threads))
-            i++;
-        else
-            run_one(ops[i], *step, threads, fault);
-        meet(meeting, omp_get_num_threads());
-        if (!step->seconds) continue;
+    {
+        Coming coming;
+        for (int64_t i = 0, next = 0; i < n_ops; i++) {
+            if (i >= next) coming = coming_after(ops, n_ops, *step, threads, next);
+            const int64_t clock = ops[i].clock;
+            if (i + 1 < n_ops && run_two(ops + i, *step, threads))
+                i++;
+            else
+                run_one(ops[i], *step, threads, fault, coming);
+            meet(meeting, omp_get_num_threads(), coming);
+            if (!step->seconds) continue;
 #pragma omp master
-        {
-            const auto now = std::chrono::steady_clock::now();
-            step->seconds[clock] += std::chrono::duration<double>(now - since).count();
-            since = now;
+            {
+                const auto now = std::chrono::steady_clock::now();
+                step->seconds[clock] += std::chrono::duration<double>(now - since).count();
+                since = now;
+            }
         }
     }
     *lost = fault;

@@ -162,10 +162,12 @@ void rows_by_blocks(const Job &job, const Rows &rows, int64_t m, int64_t m_end, 
     if (row < many) tile<T, BITS, 1, N>(job, rows, m + row, row, n);
 }
 
+int64_t blocks_a_thread(int64_t n, int threads) { return ((n + WIDTH - 1) / WIDTH + threads - 1) / threads; }
+
 // Called by every thread of a team. Each rounds the rows that it needs for itself: that is cheaper than to wait for others.
 template <class T, int BITS> void run(const Job &job, int threads) {
     const int64_t n_blocks = (job.n + WIDTH - 1) / WIDTH, m_blocks = (job.m + M_BLOCK - 1) / M_BLOCK;
-    const int64_t width = (n_blocks + threads - 1) / threads, n_parts = (n_blocks + width - 1) / width;
+    const int64_t width = blocks_a_thread(job.n, threads), n_parts = (n_blocks + width - 1) / width;
     static thread_local Rows rows;
     int64_t rounded = -1;
 #pragma omp for schedule(static) nowait
@@ -180,6 +182,15 @@ template <class T, int BITS> void run(const Job &job, int threads) {
 }
 
 }  // namespace
+
+Coming team::coming(const Packed &w, int64_t m, int64_t n, int t, int threads) {
+    if (w.bits >= 16 || w.bits == E4M3) return coming_panels(w, m, n, t, threads);
+    const int64_t codes = w.bits == 8 ? Format<8>::CODES : w.bits == 6 ? Format<6>::CODES : Format<4>::CODES;
+    const int64_t blocks = (n + WIDTH - 1) / WIDTH, width = blocks_a_thread(n, threads), count = std::min(width, blocks - width * t);
+    if (m > M_BLOCK || count <= 0) return {};
+    const int64_t block = w.block_groups * codes;
+    return Coming::of(w.codes + width * t * block, 1, 0, count * block);
+}
 
 void team::quantized(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void *bias, void *y, int64_t ldy,
                      int64_t plane, int y_f32, int64_t m, int64_t n, int64_t first, int threads) {

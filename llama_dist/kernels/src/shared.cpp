@@ -23,13 +23,13 @@ void add_up(Segment *s, uint32_t round, long first, long last, T *to) {
 }
 
 template <class T>
-int sum(Segment *s, int rank, T *x, long n) {
+int sum(Segment *s, int rank, T *x, long n, Coming *coming) {
     const long most = s->capacity / sizeof(T);
     for (long done = 0; done < n; done += most) {
         const long count = std::min(most, n - done), bytes = count * sizeof(T);
         const uint32_t round = next_round(s, rank);
         memcpy(s->slot(round, rank), x + done, bytes);
-        if (int fault = enter_alike(s, rank, round, bytes)) return fault;
+        if (int fault = enter_alike(s, rank, round, bytes, coming)) return fault;
         if (bytes < EACH_ITS_PART) {
             add_up(s, round, 0, count, x + done);
             continue;
@@ -46,7 +46,7 @@ int sum(Segment *s, int rank, T *x, long n) {
 
 template <class T>
 int sum_planes(Segment *s, int rank, const float *planes, long plane, const int64_t *counts, const int64_t *nodes, T *y,
-               long numbers) {
+               long numbers, Coming *coming) {
     const long n_planes = std::accumulate(counts, counts + s->n_ranks, 0L);
     const long most = s->capacity / long(sizeof(float)) / *std::max_element(counts, counts + s->n_ranks);
     std::vector<const float *> parts(n_planes);
@@ -55,7 +55,7 @@ int sum_planes(Segment *s, int rank, const float *planes, long plane, const int6
         const uint32_t round = next_round(s, rank);
         for (long i = 0; i < counts[rank]; i++)
             memcpy((float *)s->slot(round, rank) + i * count, planes + i * plane + done, count * sizeof(float));
-        if (int fault = enter_alike(s, rank, round, count)) return fault;
+        if (int fault = enter_alike(s, rank, round, count, coming)) return fault;
         for (long r = 0, p = 0; r < s->n_ranks; r++)
             for (long i = 0; i < counts[r]; i++) parts[p++] = (const float *)s->slot(round, r) + i * count;
         for (long i = 0; i < count; i += WIDTH)
@@ -82,16 +82,25 @@ extern "C" int llama_dist_shared_start(void *segment, int n_ranks, long capacity
     return 0;
 }
 
-extern "C" int llama_dist_shared_sum(void *segment, int rank, int is_bf16, void *x, long n) {
+int shared_sum(void *segment, int rank, int is_bf16, void *x, long n, Coming *coming) {
     Segment *s = (Segment *)segment;
-    return is_bf16 ? sum(s, rank, (bf16 *)x, n) : sum(s, rank, (float *)x, n);
+    return is_bf16 ? sum(s, rank, (bf16 *)x, n, coming) : sum(s, rank, (float *)x, n, coming);
+}
+
+int shared_planes(void *segment, int rank, const float *planes, long plane, const int64_t *counts, const int64_t *nodes,
+                  int is_bf16, void *y, long numbers, Coming *coming) {
+    Segment *s = (Segment *)segment;
+    return is_bf16 ? sum_planes(s, rank, planes, plane, counts, nodes, (bf16 *)y, numbers, coming)
+                   : sum_planes(s, rank, planes, plane, counts, nodes, (float *)y, numbers, coming);
+}
+
+extern "C" int llama_dist_shared_sum(void *segment, int rank, int is_bf16, void *x, long n) {
+    return shared_sum(segment, rank, is_bf16, x, n, nullptr);
 }
 
 extern "C" int llama_dist_shared_planes(void *segment, int rank, const float *planes, long plane, const int64_t *counts,
                                         const int64_t *nodes, int is_bf16, void *y, long numbers) {
-    Segment *s = (Segment *)segment;
-    return is_bf16 ? sum_planes(s, rank, planes, plane, counts, nodes, (bf16 *)y, numbers)
-                   : sum_planes(s, rank, planes, plane, counts, nodes, (float *)y, numbers);
+    return shared_planes(segment, rank, planes, plane, counts, nodes, is_bf16, y, numbers, nullptr);
 }
 
 // out [rows, n_ranks, bytes] of each rank's x [rows, bytes].
@@ -117,7 +126,7 @@ extern "C" int llama_dist_shared_exchange(void *segment, int rank, const char *x
     Segment *s = (Segment *)segment;
     const uint32_t round = next_round(s, rank);
     memcpy(s->slot(round, rank), x, bytes);
-    if (int fault = enter(s, rank, round, bytes)) return fault;
+    if (int fault = enter(s, rank, round, bytes, nullptr)) return fault;
     for (int r = 0; r < s->n_ranks; r++) {
         sizes[r] = s->place(r)->bytes[round & 1];
         memcpy(out + r * s->capacity, s->slot(round, r), sizes[r]);

@@ -15,7 +15,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "coming.h"
 #include "pause.h"
+
 
 namespace {
 
@@ -51,15 +53,15 @@ static inline bool has_come(Place *other, uint32_t flag) {
 }
 
 // Spin while the other is likely to be at work on another core; then let others have this one; then sleep. There may be
-// more ranks than cores, and one may wait long for what only another does.
-static int wait_long(Segment *s, int rank, int other, uint32_t flag, int64_t &deadline) {
+// more ranks than cores, and one may wait long for what only another does. While it spins, it calls in what is `coming`.
+static int wait_long(Segment *s, int rank, int other, uint32_t flag, int64_t &deadline, Coming *coming) {
     Place *me = s->place(rank), *it = s->place(other);
     const int64_t began = nanoseconds();
     if (!deadline) deadline = began + s->timeout;
     for (;;) {
         for (int i = 0; i < 32; i++) {
             if (has_come(it, flag)) return 0;
-            pause_briefly();
+            if (!coming || !coming->call()) pause_briefly();
         }
         const int64_t now = nanoseconds();
         if (now - began < s->spin) continue;
@@ -82,7 +84,7 @@ static inline uint32_t next_round(Segment *s, int rank) { return s->place(rank)-
 
 // Enter `round` with `bytes` in this rank's slot; return when all have: 0, or 1 + the rank that has not come in time, or
 // BROKEN_OFF. The slots of the round may be read until the next is entered.
-static inline int enter(Segment *s, int rank, uint32_t round, long bytes) {
+static inline int enter(Segment *s, int rank, uint32_t round, long bytes, Coming *coming) {
     Place *me = s->place(rank);
     me->bytes[round & 1] = bytes;
     me->flag.exchange(round + 1);  // a full barrier: sleepers are looked at after it
@@ -90,13 +92,13 @@ static inline int enter(Segment *s, int rank, uint32_t round, long bytes) {
     int64_t deadline = 0;  // for all of them together; set when the first wait is not over at once
     for (int other = 0; other < s->n_ranks; other++)
         if (!has_come(s->place(other), round + 1))
-            if (int fault = wait_long(s, rank, other, round + 1, deadline)) return fault;
+            if (int fault = wait_long(s, rank, other, round + 1, deadline, coming)) return fault;
     return 0;
 }
 
 // As enter; -1 - the first rank whose piece is of another size.
-static inline int enter_alike(Segment *s, int rank, uint32_t round, long bytes) {
-    if (int fault = enter(s, rank, round, bytes)) return fault;
+static inline int enter_alike(Segment *s, int rank, uint32_t round, long bytes, Coming *coming = nullptr) {
+    if (int fault = enter(s, rank, round, bytes, coming)) return fault;
     for (int other = 0; other < s->n_ranks; other++)
         if (s->place(other)->bytes[round & 1] != bytes) return -1 - other;
     return 0;
@@ -106,9 +108,9 @@ static inline int enter_alike(Segment *s, int rank, uint32_t round, long bytes) 
 
 // x [n], of float or bf16, becomes the sum over the ranks: in float, in the order of ranks, rounded once. Every rank gets
 // the same bits. Returns what enter_alike does; after a fault the segment is of no use any more.
-extern "C" int llama_dist_shared_sum(void *segment, int rank, int is_bf16, void *x, long n);
+int shared_sum(void *segment, int rank, int is_bf16, void *x, long n, Coming *coming);
 
 // y [numbers], of float or bf16, becomes the sum of all ranks' planes [counts[rank], numbers], `plane` floats apart, in the
 // tree of tree.py; nodes [sum of counts, 2] are what they hold, in the order of ranks. Returns as the other.
-extern "C" int llama_dist_shared_planes(void *segment, int rank, const float *planes, long plane, const int64_t *counts,
-                                        const int64_t *nodes, int is_bf16, void *y, long numbers);
+int shared_planes(void *segment, int rank, const float *planes, long plane, const int64_t *counts, const int64_t *nodes,
+                  int is_bf16, void *y, long numbers, Coming *coming);

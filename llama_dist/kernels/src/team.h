@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "coming.h"
+
 namespace team {
 
 // Packed weights, as groups.h says; from one block of sixteen rows to the next are block_groups groups, block_units factors.
@@ -22,6 +24,10 @@ void quantized(int is_bf16, const void *x, int64_t ldx, const Packed &w, const v
 // The same of weights that are floats, as panels.cpp says: bits 16 or 32, those of x, without scales and factors, or E4M3.
 void panels(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void *bias, void *y, int64_t ldy, int64_t plane,
             int y_f32, int64_t m, int64_t n, int64_t first, int threads);
+
+// What thread t of a team reads first of the weights that a few rows are multiplied by.
+Coming coming(const Packed &w, int64_t m, int64_t n, int t, int threads);
+Coming coming_panels(const Packed &w, int64_t m, int64_t n, int t, int threads);
 
 // Whether products of m rows go by tiles of AMX, which can end with more than sums: `total` with that of the tree over the units
 // number `first` and on, in x's type, bf16; `gated` with silu(a) b, [m, n], where a are the first n rows of W and b those from
