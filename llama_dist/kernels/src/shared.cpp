@@ -10,6 +10,7 @@
 
 namespace {
 
+constexpr long CALLED = 1024;  // numbers of another rank that are all asked for before the first is used
 constexpr long EACH_ITS_PART = 1 << 15;  // bytes from which on it is faster if the ranks add up a part each
 
 // Put numbers [first, last) of the round's slots, added up over the ranks, at `to`.
@@ -57,7 +58,10 @@ int sum_planes(Segment *s, int rank, const float *planes, long plane, const int6
             memcpy((float *)s->slot(round, rank) + i * count, planes + i * plane + done, count * sizeof(float));
         if (int fault = enter_alike(s, rank, round, count, coming)) return fault;
         for (long r = 0, p = 0; r < s->n_ranks; r++)
-            for (long i = 0; i < counts[r]; i++) parts[p++] = (const float *)s->slot(round, r) + i * count;
+            for (long i = 0; i < counts[r]; i++, p++) {
+                parts[p] = r == rank ? planes + i * plane + done : (const float *)s->slot(round, r) + i * count;
+                call_in(parts[p], std::min(count, CALLED));
+            }
         for (long i = 0; i < count; i += WIDTH)
             store(y + done + i, tree(nodes, n_planes, [&](long p) { return load(parts[p] + i, count - i); }), count - i);
     }
