@@ -163,7 +163,7 @@ class Engine:
             end += work.length
             ends.append(end)
         drawn = tokens is not None or (end == len(batch) and all(work.last for work in batch))
-        return self.model(lay(rows, self.world.device), self.cache, drawn, tokens), ends
+        return self.model.forward(lay(rows, self.world.device), self.cache, drawn, tokens), ends
 
     def _count(self, work: Work) -> None:
         sequence = work.sequence
@@ -191,7 +191,7 @@ class Engine:
         if not drawing:
             return []
         ends = [at for _, at in drawing]
-        logits = self.model.logits(hidden, None if ends == [*range(len(hidden))] else ends)
+        logits = self.model.logits(hidden, None if ends == [*range(hidden.shape[0])] else ends)
         chosen = self._choose(drawing, logits)
         scores = self._scores(drawing, logits, chosen)
         done: list[Ended] = []
@@ -279,7 +279,7 @@ class Engine:
                 tops.append(params.top_logprobs)
         if not tokens:
             return {}
-        rows = logits if len(tokens) == len(logits) else logits[[*tokens]]
+        rows = logits if len(tokens) == logits.shape[0] else logits[[*tokens]]
         return dict(zip(tokens, scores_of(rows, [*tokens.values()], tops), strict=True))
 
     def _take(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -89,6 +90,14 @@ class Block(nn.Module):
         return after.of_sum(x, self.feed_forward(normed))
 
 
+@dataclass
+class LastPass:
+    """What a forward pass left for those who ask next. A module is slow to set anything of its own, so it is apart."""
+
+    scored: tuple[torch.Tensor, torch.Tensor] | None = None  # hidden states, and logits computed with them
+    likeliest: array[int] | torch.Tensor | None = None  # tokens of these logits, where they are at hand
+
+
 class Transformer(nn.Module):
     """One rank's part of the model. Weights are left unset.
 
@@ -111,9 +120,8 @@ class Transformer(nn.Module):
         self.program: tuple[KVCache, Program] | None = None
         self.recordings: tuple[KVCache, Recordings] | None = None
         self._laid: tuple[KVCache, int] | None = None  # what it was laid out for last
-        self._scored: tuple[torch.Tensor, torch.Tensor] | None = None  # hidden states, and logits computed with them
         self._found: array[int] | None = None  # where the program leaves likeliest tokens, if a rank has all logits
-        self._likeliest: array[int] | torch.Tensor | None = None  # those of the scored logits, where they are at hand
+        self._last = LastPass()
         self._views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by the number of rows, what the program leaves
 
     def weights(self) -> dict[str, tuple[torch.Tensor | Packed, Placement]]:
@@ -213,17 +221,17 @@ class Transformer(nn.Module):
         computed at once. `tokens` [n], on the device: in place of those that were laid, where the host does not know
         them yet.
         """
-        self._scored = self._likeliest = None
+        self._last.scored = self._last.likeliest = None
         if self.program is not None and self.program[0] is cache and laid.n <= self.program[1].most:
             return self._run(self.program[1], laid if tokens is None else laid.of(tokens), cache, scored)
         if scored and self.recordings is not None and self.recordings[0] is cache and self.recordings[1].serves(laid):
-            hidden, logits, self._likeliest = self.recordings[1].run(laid, tokens)
-            self._scored = hidden, logits
+            hidden, logits, self._last.likeliest = self.recordings[1].run(laid, tokens)
+            self._last.scored = hidden, logits
             return hidden
         batch = laid.batch if tokens is None else dataclasses.replace(laid.batch, tokens=tokens)
         hidden = self._some_layers(self._begin(batch), slice(None), batch, cache)[1]
         if scored:
-            self._scored = hidden, self.logits(hidden)
+            self._last.scored = hidden, self.logits(hidden)
         return hidden
 
     def _begin(self, batch: Batch) -> Stream:
@@ -263,8 +271,8 @@ class Transformer(nn.Module):
             )
         hidden, logits = self._views[n]
         if scored:
-            self._scored = hidden, logits if self.n_ranks == 1 else gather(logits)[:, :vocab]
-            self._likeliest = self._found
+            self._last.scored = hidden, logits if self.n_ranks == 1 else gather(logits)[:, :vocab]
+            self._last.likeliest = self._found
         return hidden
 
     def logits(self, hidden: torch.Tensor, rows: list[int] | None = None) -> torch.Tensor:
@@ -273,18 +281,18 @@ class Transformer(nn.Module):
         `rows`: of these only. They may be overwritten by the next call of `forward`.
         """
         some = sent(torch.tensor(rows), hidden.device) if rows is not None else slice(None)
-        if self._scored is not None and self._scored[0] is hidden:
-            return self._scored[1] if rows is None else self._scored[1][some]
+        if self._last.scored is not None and self._last.scored[0] is hidden:
+            return self._last.scored[1] if rows is None else self._last.scored[1][some]
         hidden = hidden[some]
         return gather(self.output(hidden))[:, : self.config.vocab_size]
 
     def likeliest(self, logits: torch.Tensor) -> list[int]:
         """The likeliest token of each row of what `logits` gave; -1 where a number is not finite."""
-        if self._likeliest is not None and self._scored is not None and self._scored[1] is logits:
-            return self._likeliest[: logits.shape[0]].tolist()
+        if self._last.likeliest is not None and self._last.scored is not None and self._last.scored[1] is logits:
+            return self._last.likeliest[: logits.shape[0]].tolist()
         return likeliest(logits)
 
     def found(self, logits: torch.Tensor) -> torch.Tensor:
         """The same as int64 [n] on the device, which is not waited for."""
-        at_hand = self._scored is not None and self._scored[1] is logits
-        return self._likeliest if at_hand and isinstance(self._likeliest, torch.Tensor) else found_of(logits)
+        at_hand = self._last.scored is not None and self._last.scored[1] is logits
+        return self._last.likeliest if at_hand and isinstance(self._last.likeliest, torch.Tensor) else found_of(logits)
