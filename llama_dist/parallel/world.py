@@ -192,11 +192,11 @@ def join(run: RunConfig, watch: Watch | None = None) -> World:
     for group in (mp_group, fs.get_data_parallel_group(), fs.get_pipeline_parallel_group()):
         groups.set_timeout(group, timeout)
     world = _world(launch, mp_size, device, timeout, mp_group, watch)
-    _share_memory(world, run.timeout)
+    _share_or_connect(world, run.timeout)
     return world
 
 
-def _share_memory(world: World, timeout: float) -> None:
+def _share_or_connect(world: World, timeout: float) -> None:
     """Give a replica's ranks shared memory, where they are on CPU and may all be on this host; the rest connect."""
     from llama_dist.parallel.control import guarded
 

@@ -18,7 +18,6 @@
 #include "coming.h"
 #include "pause.h"
 
-
 namespace {
 
 constexpr long LINE = 128;  // bytes that processors fetch together

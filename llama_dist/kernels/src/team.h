@@ -25,7 +25,7 @@ void quantized(int is_bf16, const void *x, int64_t ldx, const Packed &w, const v
 void panels(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void *bias, void *y, int64_t ldy, int64_t plane,
             int y_f32, int64_t m, int64_t n, int64_t first, int threads);
 
-// What thread t of a team reads first of the weights that a few rows are multiplied by.
+// What thread t of `threads` reads first of the weights that a few rows are multiplied by: of any, and of panels.
 Coming coming(const Packed &w, int64_t m, int64_t n, int t, int threads);
 Coming coming_panels(const Packed &w, int64_t m, int64_t n, int t, int threads);
 
