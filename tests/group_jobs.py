@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llama_dist.errors import PeerLost
 from llama_dist.parallel import groups
 from llama_dist.parallel.world import leave
 from tests.shared_jobs import meet
@@ -44,15 +45,19 @@ def joined_twice(other_port: int) -> int:
 
 
 def collectives() -> list[Any]:
-    """Every collective of torch's that a script may call, in the groups of a world; what is wrong with them."""
+    """Collectives of torch's that a script may call, in the groups of a world; what is wrong with them."""
     world = meet()
     wrong: list[Any] = []
-    for name, group in (("world", dist.group.WORLD), ("another", dist.new_group(list(range(world.size))))):
+    another = dist.new_group(list(range(world.size)))
+    for name, group in (("world", dist.group.WORLD), ("another", another)):
         assert not connected(group)
         wrong += [f"{name}: {what}" for what, right in _results(world.rank, world.size, group).items() if not right]
         assert connected(group)
     if gloo_threads() != 1:
         wrong.append(f"{gloo_threads()} threads")
+    if not another.group_name or another.group_name == dist.group.WORLD.group_name:  # type: ignore[union-attr]
+        wrong.append(f"a group is called {another.group_name!r}")
+    dist.destroy_process_group(another)
     leave(world)
     return wrong
 
@@ -93,17 +98,30 @@ def _results(rank: int, size: int, group: dist.ProcessGroup | None) -> dict[str,
     check("reduce_scatter", torch.zeros(2), lambda x: dist.reduce_scatter_tensor(x, source, group=group), summed)
     spread = torch.zeros(2 * size)
     check("all_to_all", spread, lambda x: dist.all_to_all_single(x, source, group=group), torch.cat(all_of))
+    dist.reduce_scatter(to := torch.zeros(2), [mine] * size, group=group)
+    right["reduce_scatter of a list"] = torch.equal(to, summed)
+    got = rows()
+    dist.all_to_all(got, [mine] * size, group=group)
+    right["all_to_all of lists"] = all(map(torch.equal, got, all_of))
     said: list[Any] = [None] * size
     dist.all_gather_object(said, {"rank": rank}, group=group)
     right["all_gather_object"] = said == [{"rank": r} for r in range(size)]
     told = [f"from {rank}"]
     dist.broadcast_object_list(told, 0, group=group)
     right["broadcast_object_list"] = told == ["from 0"]
+    gathered: list[Any] = [None] * size
+    dist.gather_object(rank, gathered if first else None, group=group)
+    right["gather_object"] = not first or gathered == [*range(size)]
     dist.barrier(group=group)
     if size > 1 and rank < 2:
         pair = mine.clone()
         dist.send(pair, 1, group=group) if first else dist.recv(pair, 0, group=group)
         right["send"] = torch.equal(pair, all_of[0])
+        back = mine.clone()
+        operation = dist.P2POp(dist.irecv if first else dist.isend, back, 1 - rank, group)
+        for work in dist.batch_isend_irecv([operation]):
+            work.wait()
+        right["isend"] = torch.equal(back, all_of[1])
     return right
 
 
@@ -121,3 +139,13 @@ def alone(seconds: float) -> float:
     else:
         time.sleep(seconds + 2)
     return 0.0
+
+
+def joined_without_another() -> tuple[str, bool]:
+    """What a rank says that is the only one of two to come, and whether it is in a world then."""
+    os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    try:
+        meet(timeout=2.0)
+    except PeerLost as err:
+        return str(err), dist.is_initialized()
+    return "joined", True

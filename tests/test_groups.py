@@ -39,3 +39,8 @@ def test_collectives_of_a_script_are_gloo_s(world: int) -> None:
 def test_a_group_waits_as_long_as_it_was_told() -> None:
     waited, other = run_ranks(2, jobs.alone, 1.5)
     assert 1.4 < waited < 10 and other == 0
+
+
+def test_who_waited_in_vain_may_try_again() -> None:
+    ((said, joined),) = run_ranks(1, jobs.joined_without_another)
+    assert said == "rank 0: the 2 ranks did not meet within 2 s; never heard of rank 1" and not joined

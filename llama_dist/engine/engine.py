@@ -163,7 +163,7 @@ class Engine:
             end += work.length
             ends.append(end)
         drawn = tokens is not None or (end == len(batch) and all(work.last for work in batch))
-        return self.model.forward(lay(rows, self.world.device), self.cache, drawn, tokens), ends
+        return self.model(lay(rows, self.world.device), self.cache, drawn, tokens), ends
 
     def _count(self, work: Work) -> None:
         sequence = work.sequence

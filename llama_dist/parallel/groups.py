@@ -1,7 +1,8 @@
-"""Groups over gloo that have no thread until they are used, and then one for all of them.
+"""Groups over gloo that are not connected until they are used, and then share a thread that serves their sockets.
 
-Each of gloo's own groups has a thread that wakes up a hundred times a second, whether there is something to do or not:
-four groups on each of two ranks took some 5 % of what these could compute. Ranks that share memory never use theirs.
+Each of gloo's own groups has such a thread, which wakes up a hundred times a second, whether there is something to do
+or not: four groups on each of two ranks took some 5 % of what these could compute. Ranks that share memory never use
+theirs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import datetime
 import functools
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +32,7 @@ COLLECTIVES = (
 
 @functools.cache
 def _listening() -> list[Any]:
-    """gloo's devices, each an address to listen at and the thread that serves it: those that gloo itself would take."""
+    """gloo's devices, each an address to listen at and the thread that serves it: at the addresses gloo would take."""
     gloo = dist.ProcessGroupGloo
     names = os.environ.get("GLOO_SOCKET_IFNAME")
     if not names:
@@ -38,34 +40,65 @@ def _listening() -> list[Any]:
     return [gloo.create_device(interface=name) for name in names.split(",")]
 
 
+def stop_listening() -> None:
+    """The groups are destroyed; those of a later world listen anew."""
+    _listening.cache_clear()
+
+
 class LazyGroup(dist.ProcessGroup):
-    """A group of `size` ranks that meet in `store` at their first collective, or when all of them `connect`."""
+    """A group of `size` ranks that meet in `store` at their first collective, or when all of them `connect`.
+
+    The first call waits for all ranks, whatever it is: also one that two of them have for each other, or an async one.
+    """
 
     def __init__(self, store: Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]  # as a group written in Python does
         self.timeout = timeout
-        self._store = store
+        self._store, self._name = store, ""
+        self._lock = threading.Lock()
         self._connected: dist.ProcessGroup | None = None
 
     def connect(self) -> dist.ProcessGroup:
         """The same group over gloo. RuntimeError: the others did not come within the timeout."""
-        if self._connected is None:
-            gloo = dist.ProcessGroupGloo
-            options = gloo._Options()  # type: ignore[attr-defined]
-            options._devices, options._timeout = _listening(), self.timeout
-            group = dist.ProcessGroup(self._store, self.rank(), self.size())
-            group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-            backend = gloo(self._store, self.rank(), self.size(), options)
-            group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
-            self._connected = group
+        with self._lock:
+            if self._connected is None:
+                self._connected = self._connect()
         return self._connected
+
+    def _connect(self) -> dist.ProcessGroup:
+        gloo, kind = dist.ProcessGroupGloo, dist.ProcessGroup.BackendType.GLOO
+        options = gloo._Options()  # type: ignore[attr-defined]
+        options._devices, options._timeout = _listening(), self.timeout
+        options._threads = 2 * len(options._devices)
+        group = dist.ProcessGroup(self._store, self.rank(), self.size())
+        group._set_default_backend(kind)
+        backend = gloo(self._store, self.rank(), self.size(), options)
+        for device in self._device_types:
+            group._register_backend(device, kind, backend)
+        return group
+
+    def set_timeout(self, timeout: datetime.timedelta) -> None:
+        self.timeout = timeout
+        if self._connected is not None:
+            dist.distributed_c10d._set_pg_timeout(timeout, self._connected)
 
     def getBackendName(self) -> str:
         return NAME
 
+    def _get_backend(self, device: torch.device) -> Any:
+        return self.connect()._get_backend(device)
+
+    # A group has its name from its backends, and this one has none.
+    def _set_group_name(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def group_name(self) -> Any:
+        return self._name
+
     @property
     def _device_types(self) -> list[torch.device]:
-        return [torch.device("cpu")]
+        return [torch.device(kind) for kind in dist.Backend.backend_capability["gloo"]]
 
 
 def _forwarded(name: str) -> Callable[..., Any]:
@@ -83,7 +116,7 @@ for _name in COLLECTIVES:
 def backend() -> str:
     """The backend for groups on CPUs."""
     if not hasattr(dist.Backend, NAME.upper()):
-        dist.Backend.register_backend(NAME, LazyGroup, devices=["cpu"])
+        dist.Backend.register_backend(NAME, LazyGroup, devices=dist.Backend.backend_capability["gloo"])
     return NAME
 
 
@@ -95,8 +128,7 @@ def connect(group: dist.ProcessGroup | None) -> None:
 
 def set_timeout(group: dist.ProcessGroup, timeout: datetime.timedelta) -> None:
     """Let collectives of the group wait that long; fairscale makes its groups with torch's 30 minutes."""
-    if not isinstance(group, LazyGroup):
-        return dist.distributed_c10d._set_pg_timeout(timeout, group)
-    group.timeout = timeout
-    if group._connected is not None:
-        dist.distributed_c10d._set_pg_timeout(timeout, group._connected)
+    if isinstance(group, LazyGroup):
+        group.set_timeout(timeout)
+    else:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)

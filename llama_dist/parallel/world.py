@@ -177,13 +177,17 @@ def join(run: RunConfig, watch: Watch | None = None) -> World:
                 groups.connect(dist.group.WORLD)
             watch.attach(store, launch, run.timeout)  # waits for the others' cards
         except (dist.DistError, RuntimeError) as err:
+            missing = _missing(store, launch)
+            if dist.is_initialized():  # who catches this may try again
+                dist.destroy_process_group()
             raise PeerLost(
-                f"rank {launch.rank}: the {launch.size} ranks did not meet within {run.timeout:g} s"
-                f"{_missing(store, launch)}"
+                f"rank {launch.rank}: the {launch.size} ranks did not meet within {run.timeout:g} s{missing}"
             ) from err
     if not fs.model_parallel_is_initialized():
         with contextlib.redirect_stdout(sys.stderr if run.verbose else io.StringIO()):  # fairscale prints to stdout
-            fs.initialize_model_parallel(mp_size, model_parallel_backend="nccl" if device.type == "cuda" else None)
+            fs.initialize_model_parallel(
+                mp_size, model_parallel_backend="nccl" if device.type == "cuda" else groups.backend()
+            )
     elif fs.get_model_parallel_world_size() != mp_size:
         raise ConfigError(
             f"this process already runs model-parallel size {fs.get_model_parallel_world_size()}, asked for {mp_size}"
@@ -203,7 +207,7 @@ def _share_or_connect(world: World, timeout: float) -> None:
     channel = world.replica_channel
     if world.device.type == "cpu" and 1 < world.mp_size <= world.local_size and shared.of(channel.group) is None:
         crowded = world.local_size > len(os.sched_getaffinity(0))
-        collect = _collect_by_store(world.store, channel)
+        collect = _collect_by_store(world.store, channel, datetime.timedelta(seconds=timeout))
         memory = guarded(
             "sharing memory",
             lambda: shared.attach(channel.group, channel.rank, channel.ranks, timeout, crowded, collect),
@@ -215,7 +219,7 @@ def _share_or_connect(world: World, timeout: float) -> None:
             guarded("connecting the ranks", functools.partial(groups.connect, channel.group))
 
 
-def _collect_by_store(store: Store, channel: Channel) -> Callable[[Any], list[Any]]:
+def _collect_by_store(store: Store, channel: Channel, timeout: datetime.timedelta) -> Callable[[Any], list[Any]]:
     """Each rank's JSON value on all ranks of the channel, which do not meet over gloo for it."""
     first, mine = channel.ranks[0], channel.ranks[channel.rank]
     rounds = itertools.count()
@@ -224,7 +228,9 @@ def _collect_by_store(store: Store, channel: Channel) -> Callable[[Any], list[An
     def collect(value: Any) -> list[Any]:
         place = f"shared memory/{first}/{joined}/{next(rounds)}"
         store.set(f"{place}/{mine}", json.dumps(value))
-        return [json.loads(store.get(f"{place}/{rank}")) for rank in channel.ranks]
+        places = [f"{place}/{rank}" for rank in channel.ranks]
+        store.wait(places, timeout)
+        return [json.loads(value) for value in map(store.get, places)]
 
     return collect
 
@@ -277,3 +283,4 @@ def leave(world: World) -> None:
     shared.detach(world.replica_channel.group)
     fs.destroy_model_parallel()
     dist.destroy_process_group()
+    groups.stop_listening()
