@@ -50,9 +50,15 @@ def collectives() -> list[Any]:
     wrong: list[Any] = []
     another = dist.new_group(list(range(world.size)))
     for name, group in (("world", dist.group.WORLD), ("another", another)):
-        assert not connected(group)
+        try:
+            group._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
+            wrong.append(f"{name}: it has a backend already")
+        except RuntimeError:
+            assert not connected(group)
         wrong += [f"{name}: {what}" for what, right in _results(world.rank, world.size, group).items() if not right]
         assert connected(group)
+        if not isinstance(group._get_backend(torch.device("cpu")), dist.ProcessGroupGloo):  # type: ignore[union-attr]
+            wrong.append(f"{name}: it has no backend of gloo's")
     if gloo_threads() != 1:
         wrong.append(f"{gloo_threads()} threads")
     if not another.group_name or another.group_name == dist.group.WORLD.group_name:  # type: ignore[union-attr]

@@ -86,7 +86,10 @@ class LazyGroup(dist.ProcessGroup):
         return NAME
 
     def _get_backend(self, device: torch.device) -> Any:
-        return self.connect()._get_backend(device)
+        # torch asks for it to abort a group too, where nobody may wait for the others.
+        if self._connected is None:
+            raise RuntimeError(f"group {self._name} has no backend before its first collective")
+        return self._connected._get_backend(device)
 
     # A group has its name from its backends, and this one has none.
     def _set_group_name(self, name: str) -> None:

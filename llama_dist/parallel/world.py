@@ -32,7 +32,7 @@ log = logging.getLogger("llama_dist")
 
 @dataclass(frozen=True)
 class Channel:
-    """A group of ranks that exchange small messages over gloo. `ranks` are world ranks, the first one speaks."""
+    """A group of ranks that exchange small messages, see control.py. `ranks` are world ranks, the first one speaks."""
 
     group: dist.ProcessGroup
     rank: int
