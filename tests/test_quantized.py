@@ -20,7 +20,8 @@ from tests.kernel_cases import DTYPES, askew, need_kernels, same_bits, threads
 
 CPU = torch.device("cpu")
 SCHEMES = {"int8": INT8, "int6": INT6, "int4": INT4, "fp8": FP8}
-MOST = 4095  # a number of x, as the kernel rounds it
+MOST = {"int8": 4096, "int6": 4096, "int4": 2048, "fp8": 4096}
+"""What a number of x is at most, in units of its group, as the kernel rounds it."""
 SHAPES = ((48, 576, 1), (40, 72, 3), (17, 8, 9), (33, 192, 5), (1, 45, 1), (64, 64, 2))
 """Rows, columns of a unit, units."""
 # Errors of normally distributed weights, as a share of their root mean square: measured, and a tenth more.
@@ -143,10 +144,10 @@ def rounded(x: torch.Tensor, unit: int, name: str) -> torch.Tensor:
         return x.double()
     m, n_units = len(x), x.shape[1] // unit
     groups = torch.nn.functional.pad(x.float().view(m, n_units, unit), (0, -unit % GROUP)).unflatten(2, (-1, GROUP))
-    largest = groups.abs().amax(-1, keepdim=True)
-    by = torch.full_like(largest, MOST) / largest  # `MOST / largest` is MOST times its reciprocal, rounded twice
-    codes = (groups * torch.where(largest > 0, by, 0)).round()
-    return (codes.double() * (largest / MOST).double()).flatten(2)[..., :unit].reshape(m, -1)
+    largest = groups.double().abs().amax(-1, keepdim=True)
+    step = 2 ** largest.log2().floor() * 2 / MOST[name]
+    codes = torch.where(largest > 0, groups.double() / step, 0).round()
+    return (codes * step).flatten(2)[..., :unit].reshape(m, -1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -167,7 +168,7 @@ def test_product_is_that_of_its_numbers(name: str, rows: int, unit: int, n_units
         assert y.dtype == dtype and ((y.double() - exact[:m] - bias.double()).abs() <= limit).all()
         off = product.linear_twin(x[:m], held, bias).double() - exact[:m] - bias.double()
         steps = (
-            x[:m].float().abs().amax(1, keepdim=True).double() / (2 * MOST) * unpack(held, torch.float64).abs().sum(1)
+            x[:m].float().abs().amax(1, keepdim=True).double() / MOST[name] * unpack(held, torch.float64).abs().sum(1)
         )
         slack = (size[:m] + exact[:m].abs() + bias.abs()) * torch.finfo(dtype).eps
         assert (off.abs() <= steps + slack).all(), "the twin is further off than rounding x explains"

@@ -23,13 +23,14 @@
 namespace {
 
 constexpr int GROUP = 32, STEPS = 8, STEP_BYTES = 64;
-constexpr int MOST = 4095;  // of a number of x, so that the sum over a group is exact as a float too
 
 template <int BITS>
 struct Format {
     static constexpr int CODES = GROUP * WIDTH * BITS / 8;         // bytes of a group's codes in a block
     static constexpr int SCALES = BITS == 4 ? 2 * WIDTH : WIDTH;  // and of its scales
     static constexpr int ZERO = BITS == 4 ? 0 : 1 << (BITS - 1);
+    // Of a number of x, so that the sum over a group of what it is multiplied by is exact as a float too.
+    static constexpr int MOST = BITS == 4 ? 2048 : 4096;
 };
 
 // Sixteen bytes from 0 to 255 as lanes.

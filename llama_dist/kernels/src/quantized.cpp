@@ -1,5 +1,6 @@
-// y = x W^T for packed weights (groups.h). Rows of x become whole numbers too, a scale for each group of 32; products of
-// groups are exact, and their scaled sums are taken lane by lane in the order of K, then by unit in the tree of unit_tree.h.
+// y = x W^T for packed weights (groups.h). Rows of x become whole numbers too, a scale, a power of two, for each group of 32;
+// products of groups are exact, and their scaled sums are taken lane by lane in the order of K, then by unit in the tree of
+// unit_tree.h.
 //
 // So the bits of an entry of y are a function of its row of x and its row of W, on any number of threads, in any batch, and
 // the same on processors with and without AVX-512.
@@ -25,6 +26,7 @@ template <int BITS, int M> constexpr int AHEAD = BITS == 8 && M == 1 ? 1024 : 20
 template <int M> constexpr int KEEP = M == 1 ? 0 : 3;
 #endif
 constexpr float SMALLEST = 1e-30f;  // a group of x whose largest number is below counts as zero
+constexpr float LARGEST = 1e30f;    // and one with a number that is not below this as not finite
 constexpr int TILE_M = 4, TILE_N = WHOLES == 2 ? 2 : 1;  // rows, and blocks of W, whose sums are in registers together
 
 // What one call computes, the same for all its threads.
@@ -52,15 +54,26 @@ struct Rows {
 
 INLINE Lanes magnitude(Lanes x) { return pick(x < all(0.0f), all(0.0f) - x, x); }
 
-// n numbers, at most 32, then zeros -> whole numbers from -MOST to MOST. A NaN or an infinite one makes the scale NaN.
+INLINE float power_below(float x) {  // the greatest power of two that is not above x, of the normal numbers
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits &= 0x7f800000;
+    memcpy(&x, &bits, sizeof bits);
+    return x;
+}
+
+// n numbers, at most 32, then zeros -> whole numbers from -most to most, a power of two, whose scale is NaN where one of the
+// group is not finite.
 template <class T>
-INLINE void round_group(const T *x, int64_t n, int8_t *to, float &scale, int &total) {
+INLINE void round_group(const T *x, int64_t n, int most_of, int8_t *to, float &scale, int &total) {
     const Lanes a = load(x, n), b = n > WIDTH ? load(x + WIDTH, n - WIDTH) : all(0.0f);
     const Lanes p = magnitude(a), q = magnitude(b);
     const float largest = most(pick(p < q, q, p));
-    const bool counts = largest >= SMALLEST;
-    const Lanes by = all(counts ? MOST / largest : 0.0f);
-    scale = (counts ? largest / MOST : 0.0f) + sum(a * all(0.0f) + b * all(0.0f));
+    const bool counts = largest >= SMALLEST && largest < LARGEST;
+    scale = counts ? power_below(largest) * 2 / most_of : 0.0f;
+    const Lanes by = all(counts ? 1 / scale : 0.0f);
+    scale += sum(a * all(0.0f) + b * all(0.0f));
+    if (largest >= LARGEST) scale = NAN;
     uint32_t bits[GROUP];  // with WHOLE added a whole number stands in the low bits
     store((float *)bits, a * by + all(WHOLE));
     store((float *)bits + WIDTH, b * by + all(WHOLE));
@@ -71,7 +84,7 @@ INLINE void round_group(const T *x, int64_t n, int8_t *to, float &scale, int &to
     place(numbers, to);
 }
 
-template <class T>
+template <class T, int BITS>
 void round_rows(const Job &job, int64_t m, int64_t m_end, Rows &rows) {
     const int64_t a_unit = job.unit_groups(), groups = job.groups(), n = (m_end - m) * groups;
     if (int64_t(rows.scales.size()) < n) {
@@ -83,7 +96,7 @@ void round_rows(const Job &job, int64_t m, int64_t m_end, Rows &rows) {
         for (int64_t g = 0; g < groups; g++, i++) {
             const int64_t at = g % a_unit * GROUP, left = std::min<int64_t>(GROUP, job.w.unit - at);
             const T *x = (const T *)job.x + m * job.ldx + g / a_unit * job.w.unit + at;
-            round_group(x, left, &rows.numbers[i * X_BYTES], rows.scales[i], rows.sums[i]);
+            round_group(x, left, Format<BITS>::MOST, &rows.numbers[i * X_BYTES], rows.scales[i], rows.sums[i]);
         }
 }
 
@@ -175,7 +188,7 @@ template <class T, int BITS> void run(const Job &job, int threads) {
         const int64_t m = t / n_parts * M_BLOCK, m_end = std::min(m + M_BLOCK, job.m);
         int64_t n = t % n_parts * width;
         const int64_t n_end = std::min(n + width, n_blocks);
-        if (rounded != m) round_rows<T>(job, m, m_end, rows), rounded = m;
+        if (rounded != m) round_rows<T, BITS>(job, m, m_end, rows), rounded = m;
         for (; n + TILE_N <= n_end; n += TILE_N) rows_by_blocks<T, BITS, TILE_N>(job, rows, m, m_end, n);
         for (; n < n_end; n++) rows_by_blocks<T, BITS, 1>(job, rows, m, m_end, n);
     }
