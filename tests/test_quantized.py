@@ -197,6 +197,24 @@ def test_a_row_keeps_its_bits(name: str, dtype: torch.dtype) -> None:
         assert same_bits(total(nodes, [*left, *right]), sums)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "zero"), [("int8", 128), ("int6", 32), ("int4", 255 / 16)])
+def test_the_largest_sums_are_exact(name: str, zero: float, dtype: torch.dtype) -> None:
+    """All weights as far below zero as codes can say, all of x what becomes the largest whole number."""
+    need_kernels()
+    held = empty(SCHEMES[name], 16, GROUP, 1, CPU)
+    for part, value in zip(held.parts, (0, 255, 1), strict=True):
+        part.fill_(value)
+    x = torch.full((40, GROUP), 2 - torch.finfo(dtype).eps, dtype=dtype)
+    whole = rounded(x, GROUP, name)
+    assert whole.max() > 1.99
+    for m in (1, 4, 40):
+        assert torch.equal(
+            product.unit_sums(x[:m], held, 0)[0].double(),
+            (whole[:m].sum(1) * -zero * 255).float().double()[:, None].expand(-1, 16),
+        )
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_weights_that_lie_together(name: str) -> None:
     need_kernels()
@@ -213,11 +231,12 @@ def test_weights_that_lie_together(name: str) -> None:
 @pytest.mark.parametrize("name", SCHEMES)
 def test_broken_numbers_show(name: str) -> None:
     held = packed(name, some(20, 96), 96, 1)
-    x = some(3, 96, 1)
-    x[1, 40], x[2, 95] = float("nan"), float("inf")
-    y = product.linear(x, held)
-    assert y[0].isfinite().all() and not y[1:].isfinite().any()
-    assert (product.linear(torch.zeros(2, 96), held) == 0).all()
+    for m, dtype in ((3, torch.float32), (40, torch.bfloat16)):
+        x = some(m, 96, 1).to(dtype)
+        x[1, 40], x[2, 95] = float("nan"), float("inf")
+        y = product.linear(x, held)
+        assert y[0].isfinite().all() and not y[1:3].isfinite().any() and y[3:].isfinite().all()
+        assert (product.linear(torch.zeros(m, 96, dtype=dtype), held) == 0).all()
 
 
 NEEDS = {0: {"fma"}, 1: {"avx2", "fma"}, 2: {"avx512f", "avx512bw", "avx512vl", "avx512dq"}}
@@ -256,6 +275,7 @@ def everything() -> list[torch.Tensor]:
             held = packed(name, hard(rows, unit * n_units), unit, n_units)
             found += held.parts
             for dtype in DTYPES:
-                x = some(7, unit * n_units, 1).to(dtype)
-                found += [product.linear(x, held), product.unit_sums(x, held, 2)]
+                for m in (7, 45):
+                    x = some(m, unit * n_units, 1).to(dtype)
+                    found += [product.linear(x, held), product.unit_sums(x, held, 2)]
     return found

@@ -1,11 +1,10 @@
 // The rows and the sums of products with panels, see panels.cpp.
 #pragma once
 
-#include <algorithm>
 #include <type_traits>
-#include <vector>
 
 #include "dots.h"
+#include "roots.h"
 #include "team.h"
 
 namespace {
@@ -14,7 +13,6 @@ constexpr int64_t GROUP = 32;      // a unit is filled up to whole groups with z
 constexpr int64_t FEW_PAIRED = 2;  // rows for which products of pairs are faster than tiles
 template <class W>
 constexpr bool MULTIPLIED = DOTS && std::is_same_v<W, bf16>;  // by the instructions of dots.h
-constexpr int MOST_ROOTS = 64;
 
 // What becomes of the sums: they are y as they are, a plane for each root of the tree or one for all units; or their tree is
 // added up, in x's type; or y is gated: the panels that are `up` further hold what the gate's silu is multiplied by.
@@ -45,9 +43,6 @@ struct Job {
 // Rows m ... m + rows - 1 of x as they are multiplied, each unit filled up with zeros: floats, or what dots.h takes. Sums have
 // room for `room` rows. Tiles are taken from x itself, by pairs, as far as its rows fill them and begin with lines of the cache.
 struct Wide {
-    struct alignas(64) Line {  // of the cache: AMX takes twice as long for rows that share two
-        float numbers[WIDTH];
-    };
     std::vector<Line> lines;
     int64_t m = -1, rows = 0, room = 0;
     int64_t height = 0, direct = 0;  // rows of a tile, where they lie in tiles; how many tiles are x's own
@@ -116,33 +111,6 @@ struct Wide {
                         const bf16 *x = (const bf16 *)job.x + i * job.ldx + u * job.w.unit + at;
                         n == GROUP ? memcpy(out, x, GROUP * sizeof *x) : memcpy(out, x, n * sizeof *x);
                     }
-    }
-};
-
-// The sums of some rows and panels, merged as units come: a node of the tree is (level, index at that level).
-struct Roots {
-    std::vector<Lanes> room;
-    int64_t each = 0, index[MOST_ROOTS];
-    int level[MOST_ROOTS], size = 0;
-
-    void start(int64_t sums) { each = sums, size = 0; }
-    Lanes *plane(int at) { return room.data() + at * each; }
-    Lanes *next(bool zeros) {  // where a unit's sums are to be added up
-        if (int64_t(room.size()) < (size + 1) * each) room.resize((size + 1) * each);
-        if (zeros) std::fill_n(plane(size), each, all(0.0f));
-        return plane(size);
-    }
-    void push(int64_t unit) {
-        int l = 0;
-        for (; size && level[size - 1] == l && (unit & 1) && index[size - 1] == unit - 1; l++, unit >>= 1, size--) {
-            Lanes *left = plane(size - 1), *right = plane(size);
-            for (int64_t i = 0; i < each; i++) left[i] = left[i] + right[i];
-        }
-        level[size] = l, index[size++] = unit;
-    }
-    void add() {  // no tree: a unit's sums to those of the units before
-        for (int64_t i = 0; size && i < each; i++) plane(0)[i] = plane(0)[i] + plane(1)[i];
-        size = 1;
     }
 };
 

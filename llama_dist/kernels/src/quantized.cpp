@@ -4,12 +4,7 @@
 //
 // So the bits of an entry of y are a function of its row of x and its row of W, on any number of threads, in any batch, and
 // the same on processors with and without AVX-512.
-#include <algorithm>
-#include <cmath>
-#include <vector>
-
-#include "groups.h"
-#include "team.h"
+#include "quantized_tiles.h"
 #include "unit_tree.h"
 
 namespace {
@@ -25,86 +20,7 @@ template <int M> constexpr int KEEP = 3;
 template <int BITS, int M> constexpr int AHEAD = BITS == 8 && M == 1 ? 1024 : 2048;
 template <int M> constexpr int KEEP = M == 1 ? 0 : 3;
 #endif
-constexpr float SMALLEST = 1e-30f;  // a group of x whose largest number is below counts as zero
-constexpr float LARGEST = 1e30f;    // and one with a number that is not below this as not finite
 constexpr int TILE_M = 4, TILE_N = WHOLES == 2 ? 2 : 1;  // rows, and blocks of W, whose sums are in registers together
-
-// What one call computes, the same for all its threads.
-struct Job {
-    const void *x;
-    int64_t ldx;
-    team::Packed w;
-    const void *bias;
-    void *y;
-    int64_t ldy, plane;
-    bool y_f32;
-    int64_t m, n, first;  // first < 0: one sum over all units
-    int64_t unit_groups() const { return (w.unit + GROUP - 1) / GROUP; }
-    int64_t groups() const { return w.n_units * unit_groups(); }
-};
-
-constexpr int X_BYTES = 2 * GROUP;  // of a group of x
-
-// Up to M_BLOCK rows of x as whole numbers: [m][groups][64], as groups.h places them, and of each group its scale and sum.
-struct Rows {
-    std::vector<int8_t> numbers;
-    std::vector<float> scales;
-    std::vector<int> sums;
-};
-
-INLINE Lanes magnitude(Lanes x) { return pick(x < all(0.0f), all(0.0f) - x, x); }
-
-INLINE float power_below(float x) {  // the greatest power of two that is not above x, of the normal numbers
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    bits &= 0x7f800000;
-    memcpy(&x, &bits, sizeof bits);
-    return x;
-}
-
-// n numbers, at most 32, then zeros -> whole numbers from -most to most, a power of two, whose scale is NaN where one of the
-// group is not finite.
-template <class T>
-INLINE void round_group(const T *x, int64_t n, int most_of, int8_t *to, float &scale, int &total) {
-    const Lanes a = load(x, n), b = n > WIDTH ? load(x + WIDTH, n - WIDTH) : all(0.0f);
-    const Lanes p = magnitude(a), q = magnitude(b);
-    const float largest = most(pick(p < q, q, p));
-    const bool counts = largest >= SMALLEST && largest < LARGEST;
-    scale = counts ? power_below(largest) * 2 / most_of : 0.0f;
-    const Lanes by = all(counts ? 1 / scale : 0.0f);
-    scale += sum(a * all(0.0f) + b * all(0.0f));
-    if (largest >= LARGEST) scale = NAN;
-    uint32_t bits[GROUP];  // with WHOLE added a whole number stands in the low bits
-    store((float *)bits, a * by + all(WHOLE));
-    store((float *)bits + WIDTH, b * by + all(WHOLE));
-    int16_t numbers[GROUP];
-    total = 0;
-    for (int i = 0; i < GROUP; i++) numbers[i] = int16_t(bits[i]);
-    for (int i = 0; i < GROUP; i++) total += numbers[i];
-    place(numbers, to);
-}
-
-template <class T, int BITS>
-void round_rows(const Job &job, int64_t m, int64_t m_end, Rows &rows) {
-    const int64_t a_unit = job.unit_groups(), groups = job.groups(), n = (m_end - m) * groups;
-    if (int64_t(rows.scales.size()) < n) {
-        rows.numbers.resize(n * X_BYTES);
-        rows.scales.resize(n);
-        rows.sums.resize(n);
-    }
-    for (int64_t i = 0; m < m_end; m++)
-        for (int64_t g = 0; g < groups; g++, i++) {
-            const int64_t at = g % a_unit * GROUP, left = std::min<int64_t>(GROUP, job.w.unit - at);
-            const T *x = (const T *)job.x + m * job.ldx + g / a_unit * job.w.unit + at;
-            round_group(x, left, Format<BITS>::MOST, &rows.numbers[i * X_BYTES], rows.scales[i], rows.sums[i]);
-        }
-}
-
-template <class T> INLINE void put(const Job &job, int64_t plane, int64_t m, int64_t n, Lanes v) {
-    const int64_t left = job.n - n, at = plane * job.plane + m * job.ldy + n;
-    if (job.bias) v = v + load((const T *)job.bias + n, left);
-    job.y_f32 ? store((float *)job.y + at, v, left) : store((T *)job.y + at, v, left);
-}
 
 // M rows, the first being number m of y and `row` of those rounded, by N blocks of W, from block n on.
 template <class T, int BITS, int M, int N>
@@ -175,8 +91,6 @@ void rows_by_blocks(const Job &job, const Rows &rows, int64_t m, int64_t m_end, 
     if (row < many) tile<T, BITS, 1, N>(job, rows, m + row, row, n);
 }
 
-int64_t blocks_a_thread(int64_t n, int threads) { return ((n + WIDTH - 1) / WIDTH + threads - 1) / threads; }
-
 // Called by every thread of a team. Each rounds the rows that it needs for itself: that is cheaper than to wait for others.
 template <class T, int BITS> void run(const Job &job, int threads) {
     const int64_t n_blocks = (job.n + WIDTH - 1) / WIDTH, m_blocks = (job.m + M_BLOCK - 1) / M_BLOCK;
@@ -209,6 +123,14 @@ void team::quantized(int is_bf16, const void *x, int64_t ldx, const Packed &w, c
                      int64_t plane, int y_f32, int64_t m, int64_t n, int64_t first, int threads) {
     if (w.bits >= 16 || w.bits == E4M3) return panels(is_bf16, x, ldx, w, bias, y, ldy, plane, y_f32, m, n, first, threads);
     const Job job{x, ldx, w, bias, y, ldy, plane, y_f32 != 0, m, n, first};
+#if PACKED_TILES
+    if (is_bf16 && m >= FEWEST && has_tiles()) {
+        if (w.bits == 8) by_tiles<8>(job, threads);
+        if (w.bits == 6) by_tiles<6>(job, threads);
+        if (w.bits == 4) by_tiles<4>(job, threads);
+        return;
+    }
+#endif
     if (w.bits == 8) is_bf16 ? run<bf16, 8>(job, threads) : run<float, 8>(job, threads);
     if (w.bits == 6) is_bf16 ? run<bf16, 6>(job, threads) : run<float, 6>(job, threads);
     if (w.bits == 4) is_bf16 ? run<bf16, 4>(job, threads) : run<float, 4>(job, threads);
