@@ -186,6 +186,7 @@ template <int BITS> void tile_by_block(const Job &job, Desk &desk, int64_t t, in
         }
         scales += count * SCALES;
     };
+    const int64_t m = desk.x.m + t * height, rows = std::min(height, desk.x.rows - t * height);
     // The next block's codes are called in meanwhile, a share with every batch.
     const int64_t batches = (groups + BATCH - 1) / BATCH, all_lines = groups * Format<BITS>::CODES / 64;
     const int64_t lines = (all_lines + batches * desk.x.tiles - 1) / (batches * desk.x.tiles);
@@ -200,10 +201,9 @@ template <int BITS> void tile_by_block(const Job &job, Desk &desk, int64_t t, in
         g += count, before = count;
     }
     add(desk.sums[turn ^ 1], before);
-    const int64_t rows = std::min(height, desk.x.rows - t * height);
     for (int p = 0; p < (whole ? 1 : desk.roots.size); p++)
         for (int64_t i = 0; i < rows; i++)
-            put<bf16>(job, p, desk.x.m + t * height + i, n * WIDTH, desk.roots.plane(p)[i]);
+            put<bf16>(job, p, m + i, n * WIDTH, desk.roots.plane(p)[i]);
 }
 
 template <int BITS> void rows_by_block(const Job &job, Desk &desk, int64_t n) {
@@ -216,7 +216,7 @@ template <int BITS> void rows_by_block(const Job &job, Desk &desk, int64_t n) {
     for (int64_t t = 0; t < desk.x.tiles; t++) tile_by_block<BITS>(job, desk, t, n);
 }
 
-// Called by every thread of a team. Each takes its share of the rows, or where they are few all rows by its share of the blocks.
+// Called by every thread of a team. Each takes its share of the rows, or if they are few all rows by its share of the blocks.
 template <int BITS> void by_tiles(const Job &job, int threads) {
     const int64_t n_blocks = (job.n + WIDTH - 1) / WIDTH, width = blocks_a_thread(job.n, threads);
     const int64_t most = std::clamp<int64_t>(X_BLOCK / 64 / job.groups(), 4 * WIDTH, 32 * WIDTH) / WIDTH * WIDTH;
