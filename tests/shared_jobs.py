@@ -14,7 +14,7 @@ import torch
 
 from llama_dist.config import RunConfig
 from llama_dist.errors import LlamaDistError
-from llama_dist.kernels import build
+from llama_dist.kernels import build, single
 from llama_dist.kernels.program import Call, Program
 from llama_dist.kernels.tree import roots, total
 from llama_dist.parallel import control, layers, shared
@@ -115,6 +115,33 @@ def programs(n_threads: int) -> None:
             assert torch.equal(x[:n], expected) and torch.equal(twice[:n], expected + expected), (dtype, n)
             whole: torch.Tensor = total([node for part in nodes for node in part], [*torch.cat(planes)])
             assert torch.equal(y[:n], whole[:n].to(dtype)), (dtype, n)
+    leave(world)
+
+
+def likeliest(n_threads: int) -> None:
+    """The likeliest of all ranks' entries: equals, infinite numbers and NaNs on any rank, and one that has none."""
+    world = meet()
+    memory = memory_of(world)
+    me, n_ranks, width, rows = world.mp_rank, world.mp_size, 37, 70
+    torch.set_num_threads(n_threads)
+    for dtype in DTYPES:
+        whole = part_of(0, rows * width * n_ranks, dtype, 4).view(rows, -1)
+        held = width * (n_ranks - 1) - 5  # the last rank has none, and the one before it fewer
+        whole[:9] = 1
+        for row, (at, value) in enumerate([(3, 2), (held - 1, 2), (0, 1), (2, torch.nan), (held - 1, -torch.inf)]):
+            whole[row, at] = value
+        whole[5, [held - 2, 1]] = 3  # equals
+        whole[6, [held - 1, 0]] = torch.tensor([torch.nan, torch.inf], dtype=dtype)
+        whole[7, held:] = torch.nan  # what nobody has
+        whole[8] = -7  # less than the zeros that fill up parts
+        program = Program(rows, dtype)
+        x, n = program.rows("x", width), max(0, min(width, held - me * width))
+        x.copy_(whole[:, me * width : (me + 1) * width])
+        found = program.likeliest(x, n)
+        program.shared_likeliest(x, n, me * width, found, memory.address, me, memory.lost)
+        for m in (rows, 1, 9):
+            run(program, m)
+            assert found[:m].tolist() == single.likeliest_twin(whole[:m, :held]), (dtype, m)
     leave(world)
 
 

@@ -35,6 +35,11 @@ def test_programs_reduce_by_themselves(world: int, threads: int) -> None:
     run_ranks(world, jobs.programs, threads)
 
 
+@pytest.mark.parametrize(("world", "threads"), [(2, 1), (3, 2)])
+def test_the_likeliest_of_all_ranks(world: int, threads: int) -> None:
+    run_ranks(world, jobs.likeliest, threads)
+
+
 @pytest.mark.parametrize("how", ["sum", "gather", "message", "program"])
 def test_a_rank_that_never_comes_is_named(how: str) -> None:
     first, late, last = run_ranks(3, jobs.missing, how, 1.5, 1)

@@ -7,7 +7,7 @@ what was drawn is compared among them every few ticks. It knows token ids; text 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -191,9 +191,15 @@ class Engine:
         if not drawing:
             return []
         ends = [at for _, at in drawing]
-        logits = self.model.logits(hidden, None if ends == [*range(hidden.shape[0])] else ends)
-        chosen = self._choose(drawing, logits)
-        scores = self._scores(drawing, logits, chosen)
+        every = ends == [*range(hidden.shape[0])]
+        found = self.model.greatest(hidden) if every and all(_is_greedy(work) for work, _ in drawing) else None
+        chosen: Sequence[int | RequestError]
+        if found is not None:
+            chosen, scores = found, {}
+        else:
+            logits = self.model.logits(hidden, None if every else ends)
+            chosen = self._choose(drawing, logits)
+            scores = self._scores(drawing, logits, chosen)
         done: list[Ended] = []
         for i, token in enumerate(chosen):
             work = drawing[i][0]
@@ -268,7 +274,7 @@ class Engine:
         return works, going, self._pass(works, next_tokens(told.there, begun, rows, going))[0]
 
     def _scores(
-        self, drawing: list[tuple[Work, int]], logits: torch.Tensor, chosen: list[int | RequestError]
+        self, drawing: list[tuple[Work, int]], logits: torch.Tensor, chosen: Sequence[int | RequestError]
     ) -> dict[int, Score]:
         """By row, where they are asked for: logprobs of the model's own distribution."""
         tokens, tops = {}, []
@@ -317,3 +323,9 @@ class Engine:
         if self.ticks % self.check_every == 0 or (done and self.idle):
             value = int.from_bytes(self._digest.digest(), "little") >> 1
             check(self.world, value, f"the tokens sampled up to tick {self.ticks}")
+
+
+def _is_greedy(work: Work) -> bool:
+    """Whether the likeliest token is all that is asked of the row's logits."""
+    params = work.sequence.request.params
+    return params.temperature == 0 and not params.shapes_logits and not params.logprobs

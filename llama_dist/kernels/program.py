@@ -22,8 +22,8 @@ from llama_dist.kernels.tree import Node
 from llama_dist.quant.packed import Packed
 
 # Kinds of operations, as in program.h; the head's product has a clock of its own.
-NORM, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES, EMBED, LIKELIEST = range(10)
-HEAD, CLOCKS = 10, 11
+NORM, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES, EMBED, LIKELIEST, SHARED_LIKELIEST = range(11)
+HEAD, CLOCKS = 11, 12
 OP = struct.Struct("=16q")
 STEP = struct.Struct("=16q")
 
@@ -116,7 +116,7 @@ class Program:
             self._parts.append(bytearray())
         part = self._parts[-1]
         assert isinstance(part, bytearray)
-        clock = kind if self._clock is None or kind == LIKELIEST else self._clock
+        clock = kind if self._clock is None or kind in (LIKELIEST, SHARED_LIKELIEST) else self._clock
         part += OP.pack(kind, clock, *numbers, *[0] * (14 - len(numbers)))
 
     def embed(self, w: torch.Tensor | Packed, first: int, rows: int, plus: bool, out: torch.Tensor) -> None:
@@ -196,6 +196,23 @@ class Program:
         self._found.append(found)
         self._add(LIKELIEST, x, x.stride(0), n, found.buffer_info()[0])
         return found
+
+    def shared_likeliest(
+        self,
+        x: torch.Tensor,
+        n: int,
+        first: int,
+        found: array[int],
+        segment: int,
+        rank: int,
+        lost: Callable[[int], Exception],
+    ) -> None:
+        """What `likeliest` has found among x's first n entries becomes the likeliest of all ranks' entries.
+
+        Number `first` of these, in the order of ranks, is this rank's first.
+        """
+        self._lost = lost
+        self._add(SHARED_LIKELIEST, segment, rank, x, x.stride(0), n, first, found.buffer_info()[0])
 
     def shared_sum(self, x: torch.Tensor, segment: int, rank: int, lost: Callable[[int], Exception]) -> None:
         """x, packed, becomes the sum over the ranks that share the segment at that address (shared.h).

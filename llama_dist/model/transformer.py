@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from fairscale.nn.model_parallel import initialize as fs
 from torch import nn
 
 from llama_dist.config import ModelConfig
@@ -22,6 +23,7 @@ from llama_dist.model.cache import PAGE_SIZE, Batch, KVCache, Laid
 from llama_dist.model.norm import RMSNorm
 from llama_dist.model.recordings import Record, Recordings, recorder
 from llama_dist.model.rope import Rope
+from llama_dist.parallel import shared
 from llama_dist.parallel.layers import (
     ColumnParallelLinear,
     FusedColumns,
@@ -95,6 +97,7 @@ class LastPass:
     """What a forward pass left for those who ask next. A module is slow to set anything of its own, so it is apart."""
 
     scored: tuple[torch.Tensor, torch.Tensor] | None = None  # hidden states, and logits computed with them
+    parts: tuple[torch.Tensor, torch.Tensor] | None = None  # the same, where logits are this rank's columns yet
     likeliest: array[int] | torch.Tensor | None = None  # tokens of these logits, where they are at hand
 
 
@@ -120,7 +123,7 @@ class Transformer(nn.Module):
         self.program: tuple[KVCache, Program] | None = None
         self.recordings: tuple[KVCache, Recordings] | None = None
         self._laid: tuple[KVCache, int] | None = None  # what it was laid out for last
-        self._found: array[int] | None = None  # where the program leaves likeliest tokens, if a rank has all logits
+        self._found: array[int] | None = None  # where the program leaves likeliest tokens, if it looks for them
         self._last = LastPass()
         self._views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by the number of rows, what the program leaves
 
@@ -186,8 +189,20 @@ class Transformer(nn.Module):
         program.head()
         logits = program.rows("logits", self.output.output_size_per_partition)
         program.linear(normed, self.output.weight, None, logits)
-        self._found = program.likeliest(logits, self.config.vocab_size) if self.n_ranks == 1 else None
+        self._found = self._lay_likeliest(program, logits)
         self.program, self._views = (cache, program), {}
+
+    def _lay_likeliest(self, program: Program, logits: torch.Tensor) -> array[int] | None:
+        """Where the program leaves the likeliest tokens, unless they are to be found another way."""
+        if self.n_ranks == 1:
+            return program.likeliest(logits, self.config.vocab_size)
+        memory = shared.of(fs.get_model_parallel_group())
+        if memory is None:
+            return None
+        first, n = self.tok_embeddings.vocab_start_index, self.tok_embeddings.n_held
+        found = program.likeliest(logits, n)
+        program.shared_likeliest(logits, n, first, found, memory.address, memory.rank, memory.lost)
+        return found
 
     def record(self, cache: KVCache, max_seq_len: int, record: Record) -> None:
         """Have passes of one token a sequence over this cache recorded with `record`, and played, from now on."""
@@ -221,7 +236,7 @@ class Transformer(nn.Module):
         computed at once. `tokens` [n], on the device: in place of those that were laid, where the host does not know
         them yet.
         """
-        self._last.scored = self._last.likeliest = None
+        self._last.scored = self._last.parts = self._last.likeliest = None
         if self.program is not None and self.program[0] is cache and laid.n <= self.program[1].most:
             return self._run(self.program[1], laid if tokens is None else laid.of(tokens), cache, scored)
         if scored and self.recordings is not None and self.recordings[0] is cache and self.recordings[1].serves(laid):
@@ -271,7 +286,10 @@ class Transformer(nn.Module):
             )
         hidden, logits = self._views[n]
         if scored:
-            self._last.scored = hidden, logits if self.n_ranks == 1 else gather(logits)[:, :vocab]
+            if self.n_ranks == 1:
+                self._last.scored = hidden, logits
+            else:
+                self._last.parts = hidden, logits
             self._last.likeliest = self._found
         return hidden
 
@@ -283,8 +301,20 @@ class Transformer(nn.Module):
         some = sent(torch.tensor(rows), hidden.device) if rows is not None else slice(None)
         if self._last.scored is not None and self._last.scored[0] is hidden:
             return self._last.scored[1] if rows is None else self._last.scored[1][some]
+        if self._last.parts is not None and self._last.parts[0] is hidden:
+            whole = gather(self._last.parts[1][some])[:, : self.config.vocab_size]
+            if rows is None:
+                self._last.scored = hidden, whole
+            return whole
         hidden = hidden[some]
         return gather(self.output(hidden))[:, : self.config.vocab_size]
+
+    def greatest(self, hidden: torch.Tensor) -> list[int] | None:
+        """`likeliest` of all logits of the last pass's hidden states, where it is known without these; else None."""
+        last = self._last.scored or self._last.parts
+        if last is None or last[0] is not hidden or not isinstance(self._last.likeliest, array):
+            return None
+        return self._last.likeliest[: hidden.shape[0]].tolist()
 
     def likeliest(self, logits: torch.Tensor) -> list[int]:
         """The likeliest token of each row of what `logits` gave; -1 where a number is not finite."""

@@ -306,7 +306,7 @@ class VocabParallelEmbedding(fs_layers.VocabParallelEmbedding):  # type: ignore[
         nn.Module.__init__(self)
         self.num_embeddings = rows.padded * part.n_ranks
         self.embedding_dim = dim
-        self.vocab_start_index, self.vocab_end_index = rows.start, rows.stop
+        self.vocab_start_index, self.vocab_end_index, self.n_held = rows.start, rows.stop, rows.size
         self.num_embeddings_per_partition = rows.padded
         self.reproducible = part.reproducible
         self.weight = _parameter(part, rows.padded, dim) if output is None else output.weight
@@ -327,8 +327,7 @@ class VocabParallelEmbedding(fs_layers.VocabParallelEmbedding):  # type: ignore[
 
     def lay(self, program: Program, y: torch.Tensor) -> None:
         """Append it to a program, its reduction too: y's rows become those of the call's tokens."""
-        n_held = self.vocab_end_index - self.vocab_start_index
-        program.embed(self.weight, self.vocab_start_index, n_held, self.reproducible, y)
+        program.embed(self.weight, self.vocab_start_index, self.n_held, self.reproducible, y)
         if fs.get_model_parallel_world_size() == 1:
             return
         memory = shared.of(fs.get_model_parallel_group())

@@ -61,6 +61,7 @@ OF_PROGRAM = {
     program.SHARED_PLANES: REDUCTIONS,
     program.EMBED: SMALL,
     program.LIKELIEST: SAMPLING,
+    program.SHARED_LIKELIEST: SAMPLING,
     program.HEAD: LOGITS,
 }
 """The same of the operations that run in one call, which then belongs to FORWARD less these."""

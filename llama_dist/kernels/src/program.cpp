@@ -82,6 +82,11 @@ void run_one(const Op &op, const Step &step, int threads, int &fault, Coming &co
         case Op::LIKELIEST:
             team::likeliest(bf16s, p(0), v[1], step.n, v[2], static_cast<int64_t *>(p(3)));
             break;
+        case Op::SHARED_LIKELIEST:
+#pragma omp single nowait
+            if (!fault)
+                fault = shared_likeliest(p(0), int(v[1]), bf16s, p(2), v[3], step.n, v[4], v[5], static_cast<int64_t *>(p(6)));
+            break;
     }
 }
 

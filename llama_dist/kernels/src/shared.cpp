@@ -5,13 +5,14 @@
 #include <numeric>
 #include <vector>
 
-#include "rows.h"
+#include "likely.h"
 #include "tree.h"
 
 namespace {
 
 constexpr long CALLED = 1024;  // numbers of another rank that are all asked for before the first is used
-constexpr long EACH_ITS_PART = 1 << 15;  // bytes from which on it is faster if the ranks add up a part each
+// Bytes, and numbers of planes, from which on it is faster if the ranks add up a part each.
+constexpr long EACH_ITS_PART = 1 << 15, MANY_NUMBERS = 1 << 16;
 
 // Put numbers [first, last) of the round's slots, added up over the ranks, at `to`.
 template <class T>
@@ -54,16 +55,58 @@ int sum_planes(Segment *s, int rank, const float *planes, long plane, const int6
     for (long done = 0; done < numbers; done += most) {
         const long count = std::min(most, numbers - done);
         const uint32_t round = next_round(s, rank);
-        for (long i = 0; i < counts[rank]; i++)
-            memcpy((float *)s->slot(round, rank) + i * count, planes + i * plane + done, count * sizeof(float));
+        const bool in_parts = count * n_planes >= MANY_NUMBERS;
+        const long part = in_parts ? (count / s->n_ranks / WIDTH + 1) * WIDTH : 0;
+        auto first = [&](long r) { return std::min(count, r * part); };
+        const long begin = in_parts ? first(rank) : 0, end = in_parts ? first(rank + 1) : count;
+        for (long i = 0; i < counts[rank]; i++) {  // what others add up
+            float *to = (float *)s->slot(round, rank) + i * count;
+            const float *from = planes + i * plane + done;
+            memcpy(to, from, (in_parts ? begin : count) * sizeof(float));
+            if (in_parts) memcpy(to + end, from + end, (count - end) * sizeof(float));
+        }
         if (int fault = enter_alike(s, rank, round, count, coming)) return fault;
         for (long r = 0, p = 0; r < s->n_ranks; r++)
             for (long i = 0; i < counts[r]; i++, p++) {
                 parts[p] = r == rank ? planes + i * plane + done : (const float *)s->slot(round, r) + i * count;
-                call_in(parts[p], std::min(count, CALLED));
+                call_in(parts[p] + begin, std::min(end - begin, CALLED));
             }
-        for (long i = 0; i < count; i += WIDTH)
-            store(y + done + i, tree(nodes, n_planes, [&](long p) { return load(parts[p] + i, count - i); }), count - i);
+        T *to = in_parts ? (T *)s->slot(round + 1, rank) - begin : y + done;
+        for (long i = begin; i < end; i += WIDTH)
+            store(to + i, tree(nodes, n_planes, [&](long p) { return load(parts[p] + i, end - i); }), end - i);
+        if (!in_parts) continue;
+        if (int fault = enter_alike(s, rank, round + 1, count)) return fault;
+        for (int r = 0; r < s->n_ranks; r++)
+            memcpy(y + done + first(r), s->slot(round + 1, r), (first(r + 1) - first(r)) * sizeof(T));
+    }
+    return 0;
+}
+
+struct Best {
+    float value;
+    int32_t at;
+};
+
+template <class T>
+int likeliest(Segment *s, int rank, const T *rows, long stride, long m, long n, long first, int64_t *found) {
+    const long most = s->capacity / long(sizeof(Best));
+    for (long done = 0; done < m; done += most) {
+        const long end = std::min(m, done + most), bytes = (end - done) * long(sizeof(Best));
+        const uint32_t round = next_round(s, rank);
+        Best *mine = (Best *)s->slot(round, rank);
+        for (long i = done; i < end; i++)
+            mine[i - done] = found[i] < 0 ? Best{0, -1}
+                             : n          ? Best{float(number(rows + i * stride + found[i])), int32_t(first + found[i])}
+                                          : Best{-INFINITY, INT32_MAX};
+        if (int fault = enter_alike(s, rank, round, bytes)) return fault;
+        for (long i = done; i < end; i++) {
+            Best best = ((const Best *)s->slot(round, 0))[i - done];
+            for (int r = 1; r < s->n_ranks && best.at >= 0; r++) {
+                const Best other = ((const Best *)s->slot(round, r))[i - done];
+                if (other.at < 0 || other.value > best.value) best = other;
+            }
+            found[i] = best.at;
+        }
     }
     return 0;
 }
@@ -96,6 +139,13 @@ int shared_planes(void *segment, int rank, const float *planes, long plane, cons
     Segment *s = (Segment *)segment;
     return is_bf16 ? sum_planes(s, rank, planes, plane, counts, nodes, (bf16 *)y, numbers, coming)
                    : sum_planes(s, rank, planes, plane, counts, nodes, (float *)y, numbers, coming);
+}
+
+int shared_likeliest(void *segment, int rank, int is_bf16, const void *rows, long stride, long m, long n, long first,
+                     int64_t *found) {
+    Segment *s = (Segment *)segment;
+    return is_bf16 ? likeliest(s, rank, (const bf16 *)rows, stride, m, n, first, found)
+                   : likeliest(s, rank, (const float *)rows, stride, m, n, first, found);
 }
 
 extern "C" int llama_dist_shared_sum(void *segment, int rank, int is_bf16, void *x, long n) {

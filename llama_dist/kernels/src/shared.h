@@ -113,3 +113,8 @@ int shared_sum(void *segment, int rank, int is_bf16, void *x, long n, Coming *co
 // tree of tree.py; nodes [sum of counts, 2] are what they hold, in the order of ranks. Returns as the other.
 int shared_planes(void *segment, int rank, const float *planes, long plane, const int64_t *counts, const int64_t *nodes,
                   int is_bf16, void *y, long numbers, Coming *coming);
+
+// found [m]: of each row's n numbers, this rank's, the first of the greatest, or -1; it becomes that of all ranks' numbers, one
+// rank's after the other's, of which this one's are number `first` and on: -1 where a rank has -1. Returns as the others.
+int shared_likeliest(void *segment, int rank, int is_bf16, const void *rows, long stride, long m, long n, long first,
+                     int64_t *found);
