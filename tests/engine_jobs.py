@@ -104,21 +104,32 @@ def faulty_row(folder: str, stage: str, rank: int, quantization: str | None = No
     session = open_for(Ask(folder, [], 0, {"quantization": quantization}))
     engine = session.engine
     greedy: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0, "ignore_eos": True}
+    short: Prompts = [
+        ([token], greedy) for token in (77, 78)
+    ]  # the first pass ends both, the tokens alone are asked for
     prompts: Prompts = [([20 + i] * 20 + [77 if i == 0 else 78], greedy) for i in range(4)]
     healthy = answer_all(engine, prompts)
     model = engine.model
     with torch.no_grad():
         undo = plant(model, stage, session.world.rank == rank)
     faulty = answer_all(engine, prompts)
+    alone = [(row[1], row[4]) for row in answer_all(engine, short)]
     scoring: dict[str, Any] = {"max_tokens": 0, "prompt_logprobs": True}
     scores = answer_all(engine, [([20] * 10 + [token] + [20] * 10, scoring) for token in (77, 78)])
     undo()
-    return {"healthy": healthy, "faulty": faulty, "scores": scores, "after": answer_all(engine, prompts[:1])[0]}
+    return {
+        "healthy": healthy,
+        "faulty": faulty,
+        "short": alone,
+        "scores": scores,
+        "after": answer_all(engine, prompts[:1])[0],
+    }
 
 
 def plant(model: Any, stage: str, here: bool) -> Any:
     """Make one stage on one rank answer NaN for rows that come from token 77; gives the function that ends it."""
-    model.program = model.recordings = None  # hooks are for layers that are called one by one
+    if stage != "the embedding":
+        model.program = model.recordings = None  # hooks are for layers that are called one by one
     state: dict[str, torch.Tensor] = {}
     hooks = [model.tok_embeddings.register_forward_pre_hook(lambda m, a: state.update(bad=a[0] == 77))]
     if stage == "the embedding":

@@ -49,6 +49,7 @@ def plant(fault: Fault, mark: Path) -> None:
     """Put the fault into this process; `mark` is touched when it strikes."""
     from llama_dist.engine.engine import Engine
     from llama_dist.frontend.batch import desk
+    from llama_dist.model.transformer import Transformer
     from llama_dist.parallel.watch import Watch
 
     desk.FLUSH_SECONDS = 0.0
@@ -56,7 +57,8 @@ def plant(fault: Fault, mark: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.tick, resource.RLIM_INFINITY))
         mark.touch()
         return
-    step, choose = Engine.step, Engine._choose
+    step, choose, greatest = Engine.step, Engine._choose, Transformer.greatest
+    strikes: list[bool] = []
 
     def act() -> None:
         mark.touch()
@@ -78,18 +80,18 @@ def plant(fault: Fault, mark: Path) -> None:
             threading.Timer(0.5, lambda: (mark.touch(), os.kill(os.getpid(), signal.SIGTERM))).start()
 
     def faulty_step(self: Engine, *args: Any) -> Any:
-        if self.ticks == fault.tick and fault.kind != "other":
+        strikes[:] = [True] if self.ticks == fault.tick else []
+        if strikes and fault.kind != "other":
             act()
         if fault.kind in ("term", "twice", "late"):
             time.sleep(0.05)  # the job must last until the signal is heeded
         return step(self, *args)
 
-    def other_tokens(self: Engine, *args: Any) -> list[Any]:
-        tokens = choose(self, *args)
-        if self.ticks == fault.tick:
-            mark.touch()
-            return [(token + 1) % 200 for token in tokens]
-        return tokens
+    def others(tokens: Any) -> Any:
+        if tokens is None or not strikes:
+            return tokens
+        mark.touch()
+        return [(token + 1) % 200 for token in tokens]
 
     def late_detach(self: Watch) -> None:
         board = self._board
@@ -108,7 +110,8 @@ def plant(fault: Fault, mark: Path) -> None:
         Watch.detach = late_detach  # type: ignore[method-assign]
     Engine.step = faulty_step  # type: ignore[method-assign]
     if fault.kind == "other":
-        Engine._choose = other_tokens  # type: ignore[method-assign]
+        Engine._choose = lambda *args: others(choose(*args))  # type: ignore[method-assign]
+        Transformer.greatest = lambda *args: others(greatest(*args))  # type: ignore[method-assign]
 
 
 def _rank(env: dict[str, str], argv: Sequence[str], fault: Fault | None, log: str, mark: str) -> None:

@@ -95,20 +95,20 @@ def programs(n_threads: int) -> None:
     """Sums and reproducible sums inside programs, of all rows they have room for and of fewer."""
     world = meet()
     memory = memory_of(world)
-    me, n_ranks, width = world.mp_rank, world.mp_size, 577
+    me, n_ranks, width, most = world.mp_rank, world.mp_size, 577, 70
     torch.set_num_threads(n_threads)
     for dtype in DTYPES:
         nodes = tuple(tuple(roots(rank * 5, 5)) for rank in range(n_ranks))
-        planes = [part_of(rank, len(mine) * 8 * width, torch.float32, 3) for rank, mine in enumerate(nodes)]
-        planes = [part.view(-1, 8, width) for part in planes]
-        program = Program(8, dtype)
+        planes = [part_of(rank, len(mine) * most * width, torch.float32, 3) for rank, mine in enumerate(nodes)]
+        planes = [part.view(-1, most, width) for part in planes]
+        program = Program(most, dtype)
         x, twice = program.rows("x", width), program.rows("twice", width)
         mine, y = program.rows("planes", width, len(nodes[me])), program.rows("y", width)
         program.shared_sum(x, memory.address, me, memory.lost)
         program.add(x, x, twice)
         program.shared_planes(mine, nodes, y, memory.address, me, memory.lost)
         mine.copy_(planes[me])
-        for n in (8, 1, 3):
+        for n in (most, 1, 3, 41):
             x[:n] = part_of(me, n * width, dtype, n).view(n, width)
             run(program, n)
             expected = summed(n_ranks, n * width, dtype, n).view(n, width)

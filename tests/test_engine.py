@@ -121,6 +121,7 @@ def test_a_row_that_breaks_fails_alone_and_says_where(
     assert broken[1] == "error"
     assert broken[4] == f"request 0: its numbers became NaN or infinite in {stage}, on rank {rank}"
     assert sound == ranks[0]["healthy"][1:], "its neighbours changed"
+    assert ranks[0]["short"] == [("error", broken[4]), ("length", None)]
     assert [row[1] for row in ranks[0]["scores"]] == ["error", "length"], "a score of broken numbers was reported"
     assert ranks[0]["after"] == ranks[0]["healthy"][0], "the broken pages were found again"
 

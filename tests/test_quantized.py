@@ -197,6 +197,18 @@ def test_a_row_keeps_its_bits(name: str, dtype: torch.dtype) -> None:
         assert same_bits(total(nodes, [*left, *right]), sums)
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+def test_very_many_rows_keep_their_bits(name: str) -> None:
+    """Several blocks of rows, shared by threads in both ways."""
+    need_kernels()
+    held = packed(name, hard(100, 704), 704, 1)
+    x = some(1100, 704, 1).bfloat16()
+    few = torch.cat([product.linear(part, held) for part in x.split(5)])
+    for n in (1, 2, 3):
+        with threads(n):
+            assert same_bits(product.linear(x, held), few)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "zero"), [("int8", 128), ("int6", 32), ("int4", 255 / 16)])
 def test_the_largest_sums_are_exact(name: str, zero: float, dtype: torch.dtype) -> None:
@@ -243,7 +255,7 @@ NEEDS = {0: {"fma"}, 1: {"avx2", "fma"}, 2: {"avx512f", "avx512bw", "avx512vl", 
 
 
 def test_all_ways_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four plain vectors, AVX2, AVX-512, and AVX-512 without its products of bytes, where the processor has them."""
+    """Four plain vectors, AVX2, AVX-512, and that without products of bytes, where the processor has them; AMX or not."""
     need_kernels()
     words = set(Path("/proc/cpuinfo").read_text().split())
     ways = [(f"-DLANES={way}",) for way, needed in NEEDS.items() if needed <= words]
@@ -276,6 +288,8 @@ def everything() -> list[torch.Tensor]:
             found += held.parts
             for dtype in DTYPES:
                 for m in (7, 45):
-                    x = some(m, unit * n_units, 1).to(dtype)
-                    found += [product.linear(x, held), product.unit_sums(x, held, 2)]
+                    x = some(m, unit * n_units, 1)
+                    x[::3] *= torch.logspace(-33, 29, x.shape[1])  # groups that count as zero, and the largest
+                    x[2, : unit // 2] = 0
+                    found += [product.linear(x.to(dtype), held), product.unit_sums(x.to(dtype), held, 2)]
     return found

@@ -192,7 +192,8 @@ class Engine:
             return []
         ends = [at for _, at in drawing]
         every = ends == [*range(hidden.shape[0])]
-        found = self.model.greatest(hidden) if every and all(_is_greedy(work) for work, _ in drawing) else None
+        greedy = every and not self.foresees and all(_is_greedy(work) for work, _ in drawing)
+        found = self.model.greatest(hidden) if greedy else None
         chosen: Sequence[int | RequestError]
         if found is not None:
             chosen, scores = found, {}

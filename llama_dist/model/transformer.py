@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from fairscale.nn.model_parallel import initialize as fs
 from torch import nn
 
 from llama_dist.config import ModelConfig
@@ -23,7 +22,6 @@ from llama_dist.model.cache import PAGE_SIZE, Batch, KVCache, Laid
 from llama_dist.model.norm import RMSNorm
 from llama_dist.model.recordings import Record, Recordings, recorder
 from llama_dist.model.rope import Rope
-from llama_dist.parallel import shared
 from llama_dist.parallel.layers import (
     ColumnParallelLinear,
     FusedColumns,
@@ -189,20 +187,8 @@ class Transformer(nn.Module):
         program.head()
         logits = program.rows("logits", self.output.output_size_per_partition)
         program.linear(normed, self.output.weight, None, logits)
-        self._found = self._lay_likeliest(program, logits)
+        self._found = self.output.lay_likeliest(program, logits)
         self.program, self._views = (cache, program), {}
-
-    def _lay_likeliest(self, program: Program, logits: torch.Tensor) -> array[int] | None:
-        """Where the program leaves the likeliest tokens, unless they are to be found another way."""
-        if self.n_ranks == 1:
-            return program.likeliest(logits, self.config.vocab_size)
-        memory = shared.of(fs.get_model_parallel_group())
-        if memory is None:
-            return None
-        first, n = self.tok_embeddings.vocab_start_index, self.tok_embeddings.n_held
-        found = program.likeliest(logits, n)
-        program.shared_likeliest(logits, n, first, found, memory.address, memory.rank, memory.lost)
-        return found
 
     def record(self, cache: KVCache, max_seq_len: int, record: Record) -> None:
         """Have passes of one token a sequence over this cache recorded with `record`, and played, from now on."""
@@ -232,9 +218,9 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """Run the batch's tokens through all layers, writing the cache: the last hidden states, normed, [n, dim].
 
-        They may be overwritten by the next call. `scored`: `logits` of all of them will be asked for, so these may be
-        computed at once. `tokens` [n], on the device: in place of those that were laid, where the host does not know
-        them yet.
+        They may be overwritten by the next call. `scored`: `logits` of all of them will be asked for, or `greatest`, so
+        these may be computed at once. `tokens` [n], on the device: in place of those that were laid, where the host does
+        not know them yet.
         """
         self._last.scored = self._last.parts = self._last.likeliest = None
         if self.program is not None and self.program[0] is cache and laid.n <= self.program[1].most:

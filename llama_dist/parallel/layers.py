@@ -8,6 +8,7 @@ the tree that is the same on any number of ranks.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -174,6 +175,19 @@ class OutputLinear(ColumnParallelLinear):
     def _scheme(self, part: Part) -> Scheme | None:
         return part.panels if part.quantization is None else part.quantization.output
 
+    def lay_likeliest(self, program: Program, logits: torch.Tensor) -> array[int] | None:
+        """Have a program find the likeliest of all ranks' logits, and where it leaves them; None where it cannot."""
+        first, stop = self.placements["weight"].start, self.placements["weight"].stop
+        assert stop is not None
+        if fs.get_model_parallel_world_size() == 1:
+            return program.likeliest(logits, stop)
+        memory = shared.of(fs.get_model_parallel_group())
+        if memory is None:
+            return None
+        found = program.likeliest(logits, stop - first)
+        program.shared_likeliest(logits, stop - first, first, found, memory.address, memory.rank, memory.lost)
+        return found
+
 
 class FusedColumns(nn.Module):
     """Several column-parallel layers of one input, whose weights lie in one tensor and are read by one product.
@@ -306,7 +320,7 @@ class VocabParallelEmbedding(fs_layers.VocabParallelEmbedding):  # type: ignore[
         nn.Module.__init__(self)
         self.num_embeddings = rows.padded * part.n_ranks
         self.embedding_dim = dim
-        self.vocab_start_index, self.vocab_end_index, self.n_held = rows.start, rows.stop, rows.size
+        self.vocab_start_index, self.vocab_end_index = rows.start, rows.stop
         self.num_embeddings_per_partition = rows.padded
         self.reproducible = part.reproducible
         self.weight = _parameter(part, rows.padded, dim) if output is None else output.weight
@@ -327,7 +341,8 @@ class VocabParallelEmbedding(fs_layers.VocabParallelEmbedding):  # type: ignore[
 
     def lay(self, program: Program, y: torch.Tensor) -> None:
         """Append it to a program, its reduction too: y's rows become those of the call's tokens."""
-        program.embed(self.weight, self.vocab_start_index, self.n_held, self.reproducible, y)
+        n_held = self.vocab_end_index - self.vocab_start_index
+        program.embed(self.weight, self.vocab_start_index, n_held, self.reproducible, y)
         if fs.get_model_parallel_world_size() == 1:
             return
         memory = shared.of(fs.get_model_parallel_group())

@@ -30,7 +30,7 @@ void add_planes(const float *planes, long plane, const int64_t *nodes, long n_pl
         }
 }
 
-// Called by every thread of the team. `fault` is what a sum among ranks ended with; after one there is no other.
+// Called by every thread of the team. `fault` is what a round among ranks ended with; after one there is no other.
 void run_one(const Op &op, const Step &step, int threads, int &fault, Coming &coming) {
     const int64_t *v = op.v;
     auto p = [&](int i) { return reinterpret_cast<void *>(v[i]); };
@@ -120,7 +120,7 @@ bool run_two(const Op *ops, const Step &step, int threads) {
 }  // namespace
 
 // Returns 0, or -(1 + the first token whose id, slot or angles are none), or 1 + the first span whose pages are not in the
-// cache: then nothing is computed. `lost` becomes what a sum among ranks ended with (shared.h).
+// cache: then nothing is computed. `lost` becomes what a round among ranks ended with (shared.h).
 extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step, int threads, int *lost) {
     auto within = [](int64_t at, int64_t size) { return at >= 0 && at < size; };
     for (int64_t i = 0; i < step->n; i++)

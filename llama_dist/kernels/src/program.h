@@ -5,7 +5,9 @@
 
 // One operation; what its numbers mean stands where they are packed.
 struct Op {
-    enum Kind : int64_t { NORM, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES, EMBED, LIKELIEST, SHARED_LIKELIEST };
+    enum Kind : int64_t {
+        NORM, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES, EMBED, LIKELIEST, SHARED_LIKELIEST
+    };
     int64_t kind, clock;
     int64_t v[14];
 };

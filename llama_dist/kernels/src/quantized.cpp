@@ -124,7 +124,7 @@ void team::quantized(int is_bf16, const void *x, int64_t ldx, const Packed &w, c
     if (w.bits >= 16 || w.bits == E4M3) return panels(is_bf16, x, ldx, w, bias, y, ldy, plane, y_f32, m, n, first, threads);
     const Job job{x, ldx, w, bias, y, ldy, plane, y_f32 != 0, m, n, first};
 #if PACKED_TILES
-    if (is_bf16 && m >= FEWEST && has_tiles()) {
+    if (is_bf16 && m >= FEWEST && w.n_units && has_tiles()) {
         if (w.bits == 8) by_tiles<8>(job, threads);
         if (w.bits == 6) by_tiles<6>(job, threads);
         if (w.bits == 4) by_tiles<4>(job, threads);

@@ -31,7 +31,7 @@ inline int64_t blocks_a_thread(int64_t n, int threads) { return ((n + WIDTH - 1)
 
 constexpr int X_BYTES = 2 * GROUP;  // of a group of x
 
-// Up to M_BLOCK rows of x as whole numbers: [m][groups][64], as groups.h places them, and of each group its scale and sum.
+// Rows of x as whole numbers: [m][groups][64], as groups.h places them, and of each group its scale and sum.
 struct Rows {
     std::vector<int8_t> numbers;
     std::vector<float> scales;

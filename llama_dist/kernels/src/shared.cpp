@@ -1,4 +1,4 @@
-// What ranks of one host do in their shared segment: sums, gathers, messages.
+// What ranks of one host do in their shared segment: sums, gathers, messages, the likeliest of their logits.
 #include "shared.h"
 
 #include <algorithm>
