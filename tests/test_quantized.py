@@ -255,7 +255,7 @@ NEEDS = {0: {"fma"}, 1: {"avx2", "fma"}, 2: {"avx512f", "avx512bw", "avx512vl", 
 
 
 def test_all_ways_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four plain vectors, AVX2, AVX-512, and that without products of bytes, where the processor has them; AMX or not."""
+    """Four plain vectors, AVX2, AVX-512 and that without products of bytes, where they are; with AMX or without."""
     need_kernels()
     words = set(Path("/proc/cpuinfo").read_text().split())
     ways = [(f"-DLANES={way}",) for way, needed in NEEDS.items() if needed <= words]

@@ -219,8 +219,8 @@ class Transformer(nn.Module):
         """Run the batch's tokens through all layers, writing the cache: the last hidden states, normed, [n, dim].
 
         They may be overwritten by the next call. `scored`: `logits` of all of them will be asked for, or `greatest`, so
-        these may be computed at once. `tokens` [n], on the device: in place of those that were laid, where the host does
-        not know them yet.
+        these may be computed at once. `tokens` [n], on the device: in place of those that were laid, where the host
+        does not know them yet.
         """
         self._last.scored = self._last.parts = self._last.likeliest = None
         if self.program is not None and self.program[0] is cache and laid.n <= self.program[1].most:
