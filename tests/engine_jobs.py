@@ -104,9 +104,7 @@ def faulty_row(folder: str, stage: str, rank: int, quantization: str | None = No
     session = open_for(Ask(folder, [], 0, {"quantization": quantization}))
     engine = session.engine
     greedy: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0, "ignore_eos": True}
-    short: Prompts = [
-        ([token], greedy) for token in (77, 78)
-    ]  # the first pass ends both, the tokens alone are asked for
+    short: Prompts = [([token], greedy) for token in (77, 78)]  # no pass has more than their newest tokens
     prompts: Prompts = [([20 + i] * 20 + [77 if i == 0 else 78], greedy) for i in range(4)]
     healthy = answer_all(engine, prompts)
     model = engine.model
@@ -117,13 +115,8 @@ def faulty_row(folder: str, stage: str, rank: int, quantization: str | None = No
     scoring: dict[str, Any] = {"max_tokens": 0, "prompt_logprobs": True}
     scores = answer_all(engine, [([20] * 10 + [token] + [20] * 10, scoring) for token in (77, 78)])
     undo()
-    return {
-        "healthy": healthy,
-        "faulty": faulty,
-        "short": alone,
-        "scores": scores,
-        "after": answer_all(engine, prompts[:1])[0],
-    }
+    after = answer_all(engine, prompts[:1])[0]
+    return {"healthy": healthy, "faulty": faulty, "short": alone, "scores": scores, "after": after}
 
 
 def plant(model: Any, stage: str, here: bool) -> Any:

@@ -39,8 +39,8 @@ def product(x: torch.Tensor, w: Packed, bias: torch.Tensor | None, y: torch.Tens
     """x [m, k] times w [n, k] transposed, plus bias [n] -> y [..., m, n], in x's dtype or float32.
 
     y's planes are the roots of the tree over w's units, number `first` and on; `first` WHOLE: one sum over all units,
-    one plane. Unless weights are floats, each group of 32 numbers of x is rounded to multiples of a power of
-    two, up to 4,096 of it, or 2,048 for weights of four bits; the sum over a group is exact.
+    one plane. Unless weights are floats, each group of 32 numbers of x is rounded to multiples of a power of two, up
+    to 4,096 of it, or 2,048 for weights of four bits; the sum over a group is exact.
     """
     assert x.stride(1) == y.stride(-1) == 1 and (len(x), *w.shape) == (*y.shape[-2:], x.shape[1]), (x.shape, y.shape)
     assert not w.scheme.exact or EXACT[x.dtype] == w.scheme, (x.dtype, w.scheme)

@@ -95,7 +95,7 @@ class LastPass:
     """What a forward pass left for those who ask next. A module is slow to set anything of its own, so it is apart."""
 
     scored: tuple[torch.Tensor, torch.Tensor] | None = None  # hidden states, and logits computed with them
-    parts: tuple[torch.Tensor, torch.Tensor] | None = None  # the same, where logits are this rank's columns yet
+    parts: tuple[torch.Tensor, torch.Tensor] | None = None  # the same, where logits are this rank's columns still
     likeliest: array[int] | torch.Tensor | None = None  # tokens of these logits, where they are at hand
 
 

@@ -3,7 +3,7 @@
 // unit_tree.h.
 //
 // So the bits of an entry of y are a function of its row of x and its row of W, on any number of threads, in any batch, and
-// the same on processors with and without AVX-512.
+// the same on processors with and without AVX-512, and by AMX (quantized_tiles.h).
 #include "quantized_tiles.h"
 #include "unit_tree.h"
 

@@ -202,8 +202,7 @@ template <int BITS> void tile_by_block(const Job &job, Desk &desk, int64_t t, in
     }
     add(desk.sums[turn ^ 1], before);
     for (int p = 0; p < (whole ? 1 : desk.roots.size); p++)
-        for (int64_t i = 0; i < rows; i++)
-            put<bf16>(job, p, m + i, n * WIDTH, desk.roots.plane(p)[i]);
+        for (int64_t i = 0; i < rows; i++) put<bf16>(job, p, m + i, n * WIDTH, desk.roots.plane(p)[i]);
 }
 
 template <int BITS> void rows_by_block(const Job &job, Desk &desk, int64_t n) {
