@@ -6,7 +6,6 @@
 // once (attention_dots.h), of which the same holds.
 #include "attention_dots.h"
 #include "attention_tiles.h"
-#include "team.h"
 
 namespace {
 
@@ -42,9 +41,9 @@ INLINE void weigh(float *scores, float by, int first, int end, float *row, int c
 template <class T>
 void attend_few(const Rows<T> &rows, const float *q, int start, int stop, Seen &seen, float *state) {
     const Job<T> &job = rows.job;
-    const int chunks = job.chunks(), n = rows.tile.rows, origin = start / BLOCK * BLOCK;
+    const int chunks = rows.plan.chunks(), dim = rows.plan.dim, n = rows.tile.rows, origin = start / BLOCK * BLOCK;
     const int first = (start - origin) / PAGE, pages = (stop - origin - 1) / PAGE + 1;
-    const long stride = job.stride(), width = chunks * WIDTH;
+    const long stride = rows.plan.stride(), width = chunks * WIDTH;
     const T *keys[SEGMENT / PAGE + AHEAD], *values[SEGMENT / PAGE + AHEAD];
     for (int p = first; p < pages; p++) {
         const long at = rows.place(origin + p * PAGE);
@@ -52,13 +51,13 @@ void attend_few(const Rows<T> &rows, const float *q, int start, int stop, Seen &
     }
     for (int p = 0; p < AHEAD; p++) {
         keys[pages + p] = values[std::min(first + p, pages - 1)];
-        values[pages + p] = job.keys + rows.next_place(stop, p);
+        values[pages + p] = job.keys + rows.next_place(p);
     }
     alignas(64) float scores[FEW * SEGMENT];
     for (int p = first; p < pages; p += AHEAD)
         by_groups(n, [&](auto with, int r) {
             score_pages<decltype(with)::value>(q + r * width, width, keys + p, keys + p + AHEAD, std::min(AHEAD, pages - p),
-                                               job.dim, scores + r * SEGMENT + p * PAGE, SEGMENT);
+                                               dim, scores + r * SEGMENT + p * PAGE, SEGMENT);
         });
     for (int base = origin; base < stop; base += BLOCK) {
         seen.block(base, n);
@@ -66,10 +65,10 @@ void attend_few(const Rows<T> &rows, const float *q, int start, int stop, Seen &
         by_groups(n, [&](auto with, int r) {
             constexpr int M = decltype(with)::value;
             float *score = scores + r * SEGMENT + base - origin, *row = state + r * stride;
-            for (int i = 0; i < M; i++) weigh(score + i * SEGMENT, job.score_unit, from, to, row + i * stride, chunks);
+            for (int i = 0; i < M; i++) weigh(score + i * SEGMENT, rows.plan.score_unit(), from, to, row + i * stride, chunks);
             for (int at = from; at < to; at = at / PAGE * PAGE + PAGE) {
                 const int p = (base - origin + at) / PAGE, many = std::min(PAGE - at % PAGE, to - at);
-                add_values<M>(score + at, SEGMENT, values[p] + at % PAGE * job.dim, values[p + AHEAD], many, job.dim, row,
+                add_values<M>(score + at, SEGMENT, values[p] + at % PAGE * dim, values[p + AHEAD], many, dim, row,
                               stride);
             }
         });
@@ -80,8 +79,8 @@ void attend_few(const Rows<T> &rows, const float *q, int start, int stop, Seen &
 template <class T>
 void attend_many(const Rows<T> &rows, const float *q, int base, int stop, const Seen &seen, float *scores, float *state) {
     const Job<T> &job = rows.job;
-    const int chunks = job.chunks(), dim = job.dim, n = rows.tile.rows, last = seen.ends[n - 1];
-    const long stride = job.stride(), width = chunks * WIDTH;
+    const int chunks = rows.plan.chunks(), dim = rows.plan.dim, n = rows.tile.rows, last = seen.ends[n - 1];
+    const long stride = rows.plan.stride(), width = chunks * WIDTH;
     alignas(64) float k[BLOCK * MAX_DIM], v[BLOCK * MAX_DIM];
     for (int p = seen.from[0] / PAGE; base + p * PAGE < std::min(base + BLOCK, stop); p++) {
         const int at = base + p * PAGE;
@@ -99,7 +98,7 @@ void attend_many(const Rows<T> &rows, const float *q, int base, int stop, const 
         if (pages <= 0) return;  // the last row sees the furthest
         multiply_all<M, true>(q + r * width, width, k + page * PAGE * dim, PAGE * dim, pages, dim, score + page * PAGE, BLOCK);
         for (int i = 0; i < M; i++)
-            if (from[i] < to[i]) weigh(score + i * BLOCK, job.score_unit, from[i], to[i], row + i * stride, chunks);
+            if (from[i] < to[i]) weigh(score + i * BLOCK, rows.plan.score_unit(), from[i], to[i], row + i * stride, chunks);
         // Keys that all see are taken by all at once, those before and after by each row.
         auto take = [&](auto with, int i, int first, int end) {
             if (first < end)
@@ -117,20 +116,20 @@ void attend_many(const Rows<T> &rows, const float *q, int base, int stop, const 
 // The tile's rows over the keys of one segment, from nothing: `state` [rows][stride], room for whole tiles.
 template <class T>
 void attend_segment(const Rows<T> &rows, const float *q, int segment, float *state) {
-    const Job<T> &job = rows.job;
-    const int chunks = job.chunks(), n = rows.tile.rows;
+    const Plan &plan = rows.plan;
+    const int chunks = plan.chunks(), n = rows.tile.rows;
     Seen seen(rows);
     const int start = std::max(segment * SEGMENT, seen.begins[0]), stop = std::min(seen.ends[n - 1], (segment + 1) * SEGMENT);
 #if DOTS == 2
     if constexpr (sizeof(T) == 2)
-        if (job.dots()) return attend_dots(rows, (const T *)q, start, stop, seen, state);
+        if (plan.dots()) return attend_dots(rows, (const T *)q, start, stop, seen, state);
 #endif
     for (int r = 0; r < n; r++) {
-        float *row = state + r * job.stride();
+        float *row = state + r * plan.stride();
         std::fill(row, row + (chunks + 1) * WIDTH, 0.0f);
         most_of(row, chunks) = -INFINITY;
     }
-    if (n <= FEW && rows.token(0) == rows.token(n - 1) && job.dim % WIDTH == 0)
+    if (n <= FEW && rows.token(0) == rows.token(n - 1) && plan.dim % WIDTH == 0)
         return attend_few(rows, q, start, stop, seen, state);
     alignas(64) float scores[ROWS * BLOCK];
     for (int base = std::max(segment * SEGMENT, seen.begins[0] / BLOCK * BLOCK); base < stop; base += BLOCK) {
@@ -140,15 +139,14 @@ void attend_segment(const Rows<T> &rows, const float *q, int segment, float *sta
 }
 
 // What a tile's rows hold after one segment, merged into what they hold of those before it.
-template <class T>
-void merge(const Rows<T> &rows, int segment, const float *state, float *into) {
-    const int chunks = rows.job.chunks();
+void merge(const Asked &rows, int segment, const float *state, float *into) {
+    const int chunks = rows.plan.chunks();
     const Seen seen(rows);
-    for (int r = 0; r < rows.tile.rows; r++, state += rows.job.stride(), into += rows.job.stride()) {
+    for (int r = 0; r < rows.tile.rows; r++, state += rows.plan.stride(), into += rows.plan.stride()) {
         const int first = seen.begins[r] / SEGMENT;
         if (first > segment || seen.ends[r] <= segment * SEGMENT) continue;
         if (first == segment) {
-            std::copy(state, state + rows.job.stride(), into);
+            std::copy(state, state + rows.plan.stride(), into);
             continue;
         }
         const float before = most_of(into, chunks), now = most_of(state, chunks), most = std::max(before, now);
@@ -161,113 +159,101 @@ void merge(const Rows<T> &rows, int segment, const float *state, float *into) {
 
 // The tile's queries: floats [rows][chunks * 16], or for dots.h as they are [rows][dim], the last tile filled up.
 template <class T>
-void queries(const Rows<T> &rows, float *q) {
-    const Job<T> &job = rows.job;
+void queries(const Job<T> &job, const Asked &rows, float *q) {
+    const Plan &plan = job.plan;
     rows.each([&](int row, long token, int head) {
-        const T *from = job.q + token * job.q_stride + long(head) * job.dim;
-        if (job.dots())
-            memcpy((T *)q + row * job.dim, from, job.dim * sizeof(T));
+        const T *from = job.q + token * job.q_stride + long(head) * plan.dim;
+        if (plan.dots())
+            memcpy((T *)q + row * plan.dim, from, plan.dim * sizeof(T));
         else
-            for (int c = 0; c * WIDTH < job.dim; c++, q += WIDTH) store(q, load(from + c * WIDTH, job.dim - c * WIDTH));
+            for (int c = 0; c * WIDTH < plan.dim; c++, q += WIDTH) store(q, load(from + c * WIDTH, plan.dim - c * WIDTH));
     });
-    if (!job.dots()) return;
-    std::fill_n((T *)q + rows.tile.rows * job.dim, (rows.room() - rows.tile.rows) * job.dim, T{});
+    if (!plan.dots()) return;
+    std::fill_n((T *)q + rows.tile.rows * plan.dim, (rows.room() - rows.tile.rows) * plan.dim, T{});
     if (has_tiles()) set_up_tiles(rows.height());
 }
 
 template <class T>
-void finish(const Rows<T> &rows, const float *state) {
-    const Job<T> &job = rows.job;
-    const int chunks = job.chunks();
+void finish(const Job<T> &job, const Asked &rows, const float *state) {
+    const Plan &plan = job.plan;
+    const int chunks = plan.chunks(), dim = plan.dim;
     rows.each([&](int, long token, int head) {
-        T *to = job.out + (token * job.heads + head) * job.dim;
+        T *to = job.out + (token * plan.heads + head) * dim;
         const Lanes factor = all(1.0f / sum(load(state + chunks * WIDTH)));
-        for (int c = 0; c < chunks; c++) store(to + c * WIDTH, load(state + c * WIDTH) * factor, job.dim - c * WIDTH);
-        state += job.stride();
+        for (int c = 0; c < chunks; c++) store(to + c * WIDTH, load(state + c * WIDTH) * factor, dim - c * WIDTH);
+        state += plan.stride();
     });
 }
 
 constexpr int STATE = MOST_ROWS * (MAX_DIM + 2 * WIDTH);
 constexpr int QUERIES = std::max(ROWS * MAX_DIM, MOST_ROWS * MAX_DIM / 2);  // floats
 
+// All keys of tile t; after it the thread is likely to take tile `next`.
 template <class T>
-void attend_tile(const Rows<T> &rows) {
+void attend_tile(const Job<T> &job, int t, int next) {
+    const Plan::Tile &tile = job.plan.tiles[t], &after = job.plan.tiles[next];
+    const Asked asked(job.plan, tile);
     alignas(64) float q[QUERIES], part[STATE], state[STATE];
-    queries(rows, q);
-    const int first = rows.first_segment();
-    attend_segment(rows, q, first, state);
-    for (int s = first + 1; s < rows.end_segment(); s++) {
-        attend_segment(rows, q, s, part);
-        merge(rows, s, part, state);
+    queries(job, asked, q);
+    const int first = asked.first_segment(), end = asked.end_segment();
+    for (int s = first; s < end; s++) {
+        const bool goes_on = s + 1 < end;
+        const Rows<T> rows(job, tile, goes_on ? tile : after, goes_on ? s + 1 : Asked(job.plan, after).first_segment());
+        attend_segment(rows, q, s, s == first ? state : part);
+        if (s > first) merge(rows, s, part, state);
     }
-    finish(rows, state);
+    finish(job, asked, state);
 }
 
-// Few tiles over many keys: the threads share their segments.
+// The keys of piece i. Who ends a tile's last one merges them all, in order.
 template <class T>
-void attend_shared(const Job<T> &job, const std::vector<Tile> &tiles) {
-    struct Piece {
-        int tile, segment;
-        long state;
-    };
-    std::vector<Piece> pieces;
-    std::vector<int> first_piece;
-    long size = 0;
-    for (int t = 0; t < int(tiles.size()); t++) {
-        Rows<T> rows(job, tiles[t]);
-        first_piece.push_back(int(pieces.size()));
-        for (int s = rows.first_segment(); s < rows.end_segment(); s++, size += rows.room() * long(job.stride()))
-            pieces.push_back({t, s, size});
-    }
-    first_piece.push_back(int(pieces.size()));
-    float *states;  // one for the team
-#pragma omp single copyprivate(states)
-    states = new float[size];
-#pragma omp for schedule(dynamic)
-    for (int i = 0; i < int(pieces.size()); i++) {
+void attend_piece(const Job<T> &job, int i) {
+    const Plan &plan = job.plan;
+    const auto &piece = plan.pieces[i], &next = plan.pieces[std::min(i + plan.threads, int(plan.pieces.size()) - 1)];
+    const Rows<T> rows(job, plan.tiles[piece.tile], plan.tiles[next.tile], next.segment);
+    {
         alignas(64) float q[QUERIES];
-        Rows<T> rows(job, tiles[pieces[i].tile]);
-        queries(rows, q);
-        attend_segment(rows, q, pieces[i].segment, states + pieces[i].state);
+        queries(job, rows, q);
+        attend_segment(rows, q, piece.segment, plan.states.get() + piece.state);
     }
-#pragma omp for schedule(dynamic)
-    for (int t = 0; t < int(tiles.size()); t++) {
-        Rows<T> rows(job, tiles[t]);
-        alignas(64) float state[STATE];
-        for (int i = first_piece[t]; i < first_piece[t + 1]; i++)
-            merge(rows, pieces[i].segment, states + pieces[i].state, state);
-        finish(rows, state);
-    }
-#pragma omp single nowait
-    delete[] states;
+    const int first = plan.first_piece[piece.tile], end = plan.first_piece[piece.tile + 1];
+    if (plan.done[piece.tile].fetch_add(1, std::memory_order_acq_rel) + 1 < end - first) return;
+    plan.done[piece.tile].store(0, std::memory_order_relaxed);
+    alignas(64) float state[STATE];
+    for (int p = first; p < end; p++) merge(rows, plan.pieces[p].segment, plan.states.get() + plan.pieces[p].state, state);
+    finish(job, rows, state);
 }
 
-// Called by every thread of a team.
 template <class T>
-void attend(Job<T> &job, int spans, const int *of_query, int threads) {
-    for (int h = 0; h < job.kv_heads; h++) {
-        job.first_reader.push_back(int(job.readers.size()));
-        for (int i = 0; i < job.heads; i++)
-            if (of_query[i] == h) job.readers.push_back(i);
-    }
-    job.first_reader.push_back(int(job.readers.size()));
-    std::vector<Tile> tiles;
-    bool shared = false;
-    long token = 0;
-    for (int i = 0; i < spans; token += job.lengths[i++]) {
-        job.first_token.push_back(token);
-        shared |= job.starts[i] + job.lengths[i] > SEGMENT;
-        for (int h = 0; h < job.kv_heads; h++) {
-            const int rows = job.lengths[i] * (job.first_reader[h + 1] - job.first_reader[h]);
-            for (int first = 0; first < rows; first += job.rows())
-                tiles.push_back({i, h, first, std::min(job.rows(), rows - first)});
+void attend(const Job<T> &job) {
+    const Plan &plan = job.plan;
+    const int tiles = int(plan.tiles.size()), pieces = int(plan.pieces.size());
+    if (pieces) {
+#pragma omp for schedule(dynamic) nowait
+        for (int i = 0; i < pieces; i++) attend_piece(job, i);
+    } else {
+        const int together = std::max(1, std::min(8, tiles / (8 * plan.threads)));
+#pragma omp for schedule(dynamic, together) nowait
+        for (int i = 0; i < tiles; i++) {  // the long ones first
+            const int next = i + ((i + 1) % together ? 1 : 1 + (plan.threads - 1) * together);
+            attend_tile(job, tiles - 1 - i, tiles - 1 - std::min(next, tiles - 1));
         }
     }
-    if (shared && threads > 1 && int(tiles.size()) < 4 * threads) return attend_shared(job, tiles);
-    const int together = std::max(1, std::min(8, int(tiles.size()) / (8 * threads)));
-#pragma omp for schedule(dynamic, together) nowait
-    for (int t = int(tiles.size()) - 1; t >= 0; t--)  // the long ones first
-        attend_tile(Rows<T>(job, tiles[t], t ? &tiles[t - 1] : nullptr));
+    if (plan.dots() && has_tiles()) let_tiles_go();
+}
+
+// Few tiles over many keys are cut into pieces.
+void cut(Plan &plan) {
+    long size = 0;
+    for (int t = 0; t < int(plan.tiles.size()); t++) {
+        const Asked rows(plan, plan.tiles[t]);
+        plan.first_piece.push_back(int(plan.pieces.size()));
+        for (int s = rows.first_segment(); s < rows.end_segment(); s++, size += rows.room() * long(plan.stride()))
+            plan.pieces.push_back({t, s, size});
+    }
+    plan.first_piece.push_back(int(plan.pieces.size()));
+    plan.states.reset(new float[size]);
+    plan.done.reset(new std::atomic<int>[plan.tiles.size()]());
 }
 
 }  // namespace
@@ -284,17 +270,37 @@ int team::bad_span(long slots, const int *tables, int max_pages, const int *star
     return 0;
 }
 
-void team::attend(int is_bf16, const void *q, long q_stride, const void *keys, const void *values, long slots,
-                  const int *tables, int max_pages, const int *starts, const int *lengths, int spans, const int *of_query,
-                  int heads, int kv_heads, int dim, int window, void *out, int threads) {
+std::shared_ptr<const Plan> team::plan_attention(int is_bf16, const int *tables, int max_pages, const int *starts,
+                                                 const int *lengths, int spans, const int *of_query, int heads, int kv_heads,
+                                                 int dim, int window, int threads) {
+    Plan plan{is_bf16, tables, max_pages, starts, lengths, heads, kv_heads, dim, window, threads};
+    for (int h = 0; h < kv_heads; h++) {
+        plan.first_reader.push_back(int(plan.readers.size()));
+        for (int i = 0; i < heads; i++)
+            if (of_query[i] == h) plan.readers.push_back(i);
+    }
+    plan.first_reader.push_back(int(plan.readers.size()));
+    bool longer = false;  // than a segment
+    long token = 0;
+    for (int i = 0; i < spans; token += lengths[i++]) {
+        plan.first_token.push_back(token);
+        longer |= starts[i] + lengths[i] > SEGMENT;
+        for (int h = 0; h < kv_heads; h++) {
+            const int rows = lengths[i] * (plan.first_reader[h + 1] - plan.first_reader[h]);
+            for (int first = 0; first < rows; first += plan.rows())
+                plan.tiles.push_back({i, h, first, std::min(plan.rows(), rows - first)});
+        }
+    }
+    if (longer && threads > 1 && int(plan.tiles.size()) < 4 * threads) cut(plan);
+    return std::make_shared<const Plan>(std::move(plan));
+}
+
+void team::attend(const Plan &plan, const void *q, long q_stride, const void *keys, const void *values, long slots, void *out) {
     auto run = [&](auto type) {
         using T = decltype(type);
-        Job<T> job{(const T *)q, q_stride, (const T *)keys, (const T *)values, slots,  tables,  max_pages, starts,
-                   lengths,      heads,    kv_heads,        dim,               window, (T *)out};
-        ::attend(job, spans, of_query, threads);
-        if (job.dots() && has_tiles()) let_tiles_go();
+        ::attend(Job<T>{plan, (const T *)q, q_stride, (const T *)keys, (const T *)values, slots, (T *)out});
     };
-    is_bf16 ? run(bf16{}) : run(float{});
+    plan.is_bf16 ? run(bf16{}) : run(float{});
 }
 
 // Returns 0, or 1 + the first span whose pages are missing or lie outside the cache, in which case nothing is computed.
@@ -303,8 +309,9 @@ extern "C" int llama_dist_attend(int is_bf16, const void *q, long q_stride, cons
                                  int spans, const int *of_query, int heads, int kv_heads, int dim, int window, void *out,
                                  int threads) {
     if (int bad = team::bad_span(slots, tables, max_pages, starts, lengths, spans)) return bad;
+    const auto plan = team::plan_attention(is_bf16, tables, max_pages, starts, lengths, spans, of_query, heads, kv_heads, dim,
+                                           window, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    team::attend(is_bf16, q, q_stride, keys, values, slots, tables, max_pages, starts, lengths, spans, of_query, heads,
-                 kv_heads, dim, window, out, threads);
+    team::attend(*plan, q, q_stride, keys, values, slots, out);
     return 0;
 }

@@ -1,11 +1,14 @@
-// The rows of attention: what is asked of each, and the numbers that it has so far.
+// The rows of attention: what is asked of each, how they are dealt out, and the numbers that each has so far.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "dots.h"
+#include "team.h"
 
 namespace {
 
@@ -18,69 +21,77 @@ constexpr int MOST_ROWS = 192;  // of a tile for dots.h: they share a segment's 
 constexpr int FEW = 12;       // rows of one token; more of them share what is widened
 constexpr int AHEAD = BLOCK / PAGE;  // pages that are called into the cache before they are read
 
+}  // namespace
+
+// What is asked for, whatever the layer.
+struct team::Plan {
+    // `rows` rows of one span and KV head: row i is reader i % readers of token i / readers.
+    struct Tile {
+        int span, kv_head, first, rows;
+    };
+    // A tile's keys of one segment; what its rows hold after them goes to states + state.
+    struct Piece {
+        int tile, segment;
+        long state;
+    };
+    int is_bf16;
+    const int *tables;  // [spans, max_pages]
+    int max_pages;
+    const int *starts, *lengths;
+    int heads, kv_heads, dim, window, threads;
+    std::vector<int> readers{}, first_reader{};  // the query heads in the order of their KV heads; where each one's begin
+    std::vector<long> first_token{};             // of each span
+    std::vector<Tile> tiles{};
+    // Of few tiles over many keys: the threads share these. Else there are none.
+    std::vector<Piece> pieces{};
+    std::vector<int> first_piece{};              // of each tile, and the end
+    std::unique_ptr<float[]> states{};
+    std::unique_ptr<std::atomic<int>[]> done{};  // pieces of each tile; zeros between two layers
+
+    // Whether products are taken by the instructions of dots.h; queries stay as they are then.
+    bool dots() const { return DOTS == 2 && is_bf16 && dim % 32 == 0; }
+    int rows() const { return dots() ? MOST_ROWS : ROWS; }  // of a tile, at most
+    int chunks() const { return (dim + WIDTH - 1) / WIDTH; }
+    int stride() const { return (chunks() + 2) * WIDTH; }
+    // A score s weighs 2^(s * score_unit()).
+    float score_unit() const { return float(1.4426950408889634 / std::sqrt(double(dim))); }
+};
+
+namespace {
+
+using team::Plan;
+
+// A layer of it.
 template <class T>
 struct Job {
+    const Plan &plan;
     const T *q;  // [n, heads, dim], rows q_stride apart
     long q_stride;
     const T *keys, *values;  // [kv_heads][slots / 16] of panels of sixteen keys, and of rows [16][dim]
     long slots;
-    const int *tables;  // [spans, max_pages]
-    int max_pages;
-    const int *starts, *lengths;
-    int heads, kv_heads, dim, window;
     T *out;  // [n, heads, dim]
-    std::vector<int> readers, first_reader;  // the query heads in the order of their KV heads; where each one's begin
-    std::vector<long> first_token;           // of each span
-
-    float score_unit = float(1.4426950408889634 / std::sqrt(double(dim)));  // the weight of a score s is 2^(s * score_unit)
-    // Whether products are taken by the instructions of dots.h; queries stay as they are then.
-    bool dots() const { return DOTS == 2 && sizeof(T) == 2 && dim % 32 == 0; }
-    int rows() const { return dots() ? MOST_ROWS : ROWS; }  // of a tile, at most
-    int chunks() const { return (dim + WIDTH - 1) / WIDTH; }
-    int stride() const { return (chunks() + 2) * WIDTH; }
 };
 
-// `rows` rows of one span and KV head: row i is reader i % readers of token i / readers.
-struct Tile {
-    int span, kv_head, first, rows;
-};
-
-// A tile with what is asked of each row: its token's position, and the first key that it sees.
-template <class T>
-struct Rows {
-    const Job<T> &job;
-    const Tile &tile;
-    const Tile *after;  // what this thread is likely to take next
+// A tile's rows: each one's token, and the keys that it sees.
+struct Asked {
+    const Plan &plan;
+    const Plan::Tile &tile;
     int n_readers;
 
-    Rows(const Job<T> &job, const Tile &tile, const Tile *after = nullptr)
-        : job(job),
-          tile(tile),
-          after(after),
-          n_readers(job.first_reader[tile.kv_head + 1] - job.first_reader[tile.kv_head]) {}
+    Asked(const Plan &plan, const Plan::Tile &tile)
+        : plan(plan), tile(tile), n_readers(plan.first_reader[tile.kv_head + 1] - plan.first_reader[tile.kv_head]) {}
     int token(int row) const { return (tile.first + row) / n_readers; }
     // call(row, token, head) for each row, the token counted among all of the call.
     template <class Call> void each(Call call) const {
-        const int *heads = job.readers.data() + job.first_reader[tile.kv_head];
-        long at = job.first_token[tile.span] + tile.first / n_readers;
+        const int *heads = plan.readers.data() + plan.first_reader[tile.kv_head];
+        long at = plan.first_token[tile.span] + tile.first / n_readers;
         for (int row = 0, reader = tile.first % n_readers; row < tile.rows; row++) {
             call(row, at, heads[reader]);
             if (++reader == n_readers) reader = 0, at++;
         }
     }
-    int end(int row) const { return job.starts[tile.span] + token(row) + 1; }
-    int begin(int row) const { return job.window ? std::max(0, end(row) - job.window) : 0; }
-    long place(int position) const {  // in keys and values, of the page that holds a position
-        const long page = job.tables[long(tile.span) * job.max_pages + position / PAGE];
-        return (tile.kv_head * job.slots + page * PAGE) * job.dim;
-    }
-    // The same of page `p` of what this thread is likely to read after the keys up to `stop`.
-    long next_place(int stop, int p) const {
-        if (!after) return place(stop - 1);
-        if (stop < end(0)) return place(std::min(stop + p * PAGE, end(0) - 1));
-        const Rows next(job, *after);
-        return next.place(std::min(next.begin(0) + p * PAGE, next.end(0) - 1));
-    }
+    int end(int row) const { return plan.starts[tile.span] + token(row) + 1; }
+    int begin(int row) const { return plan.window ? std::max(0, end(row) - plan.window) : 0; }
     int height() const {  // of tiles for dots.h, as even as can be
         const int tiles = (tile.rows + WIDTH - 1) / WIDTH;
         return (tile.rows + tiles - 1) / tiles;
@@ -88,6 +99,25 @@ struct Rows {
     int room() const { return (tile.rows + height() - 1) / height() * height(); }  // rows of whole tiles
     int first_segment() const { return begin(0) / SEGMENT; }
     int end_segment() const { return (end(tile.rows - 1) - 1) / SEGMENT + 1; }
+};
+
+// The same in a layer; and what this thread is likely to read next, a tile's keys of a segment.
+template <class T>
+struct Rows : Asked {
+    const Job<T> &job;
+    const Plan::Tile &next;
+    int next_segment;
+
+    Rows(const Job<T> &job, const Plan::Tile &tile, const Plan::Tile &next, int next_segment)
+        : Asked(job.plan, tile), job(job), next(next), next_segment(next_segment) {}
+    long place(int position) const {  // in keys and values, of the page that holds a position
+        const long page = plan.tables[long(tile.span) * plan.max_pages + position / PAGE];
+        return (tile.kv_head * job.slots + page * PAGE) * plan.dim;
+    }
+    long next_place(int p) const {  // of page `p` of what is next
+        const Rows it(job, next, next, 0);
+        return it.place(std::min(std::max(it.begin(0), next_segment * SEGMENT) + p * PAGE, it.end(next.rows - 1) - 1));
+    }
 };
 
 // The running numbers of a row: the weighted values [chunks * 16], the sum of weights in 16 lanes, the greatest score.
@@ -105,12 +135,11 @@ INLINE void scale(float *row, int chunks, float by) {
 struct Seen {
     int begins[MOST_ROWS], ends[MOST_ROWS], from[ROWS], to[ROWS];
 
-    template <class T>
-    explicit Seen(const Rows<T> &rows) {
+    explicit Seen(const Asked &rows) {
         int reader = rows.tile.first % rows.n_readers, end = rows.end(0);
         for (int r = 0; r < rows.tile.rows; r++, reader++) {
             if (reader == rows.n_readers) reader = 0, end++;
-            begins[r] = rows.job.window ? std::max(0, end - rows.job.window) : 0, ends[r] = end;
+            begins[r] = rows.plan.window ? std::max(0, end - rows.plan.window) : 0, ends[r] = end;
         }
     }
     void block(int base, int n) {

@@ -125,6 +125,22 @@ inline void set_up_tiles(int64_t height) {
 }
 inline void let_tiles_go() { _tile_release(); }
 
+// Tiles of sums, 0 to 3, from nothing; and n of them -> sums [rows][tile][16], rows `stride` apart.
+INLINE void clear_tiles() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+INLINE void store_tiles(int64_t n, float *sums, int64_t stride) {
+    written();
+    _tile_stored(0, sums, stride * 4);
+    if (n > 1) _tile_stored(1, sums + WIDTH, stride * 4);
+    if (n > 2) _tile_stored(2, sums + 2 * WIDTH, stride * 4);
+    if (n > 3) _tile_stored(3, sums + 3 * WIDTH, stride * 4);
+    written();
+}
+
 // R tiles of rows of x by P panels along k numbers, added to sums[panel * stride + tile * height + row], or in their place where
 // they are fresh. With every 32 numbers `meanwhile` is called; lines further on of each panel are called in where CALL.
 template <int R, int P, bool CALL, class Meanwhile>
@@ -138,10 +154,7 @@ INLINE void by_tiles_of_rows(const bf16 *w, int64_t panel, Tiles x, int64_t heig
         return from;
     };
     written();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    clear_tiles();
     if (!fresh) {
         _tile_loadd(0, sum(0), 64);
         if (R * P > 1) _tile_loadd(1, sum(1), 64);
@@ -184,10 +197,7 @@ INLINE void by_tiles_of_rows(const bf16 *w, int64_t panel, Tiles x, int64_t heig
 // Up to four panels by a tile of rows of x, k apart, from nothing: sums [rows][panel][16], rows `stride` apart.
 INLINE void tile_by_panels(const bf16 *x, const bf16 *const *w, int panels, int64_t k, float *sums, int64_t stride) {
     written();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    clear_tiles();
     for (int64_t at = 0; at < k; at += TOGETHER) {
         _tile_loadd(4, x + at, k * 2);
         _tile_loadd(6, w[0] + at * WIDTH, 64);
@@ -202,48 +212,29 @@ INLINE void tile_by_panels(const bf16 *x, const bf16 *const *w, int panels, int6
         _tile_loadd(7, w[3] + at * WIDTH, 64);
         _tile_dpbf16ps(3, 4, 7);
     }
-    _tile_stored(0, sums, stride * 4);
-    if (panels > 1) _tile_stored(1, sums + WIDTH, stride * 4);
-    if (panels > 2) _tile_stored(2, sums + 2 * WIDTH, stride * 4);
-    if (panels > 3) _tile_stored(3, sums + 3 * WIDTH, stride * 4);
-    written();
+    store_tiles(panels, sums, stride);
 }
 
-// Sums [rows][panel][16], rows `stride` apart, of up to four panels, an even number, and of numbers that are sums of two: for
-// each of n times 32 numbers x has those of a row, `row_bytes` from the next row's, first [32] then second [32]. One time's part
-// of the panels is `next` numbers from the next's. To the sum come the products of the first ones, then those of the second.
-INLINE void halves_by_panels(const bf16 *x, int64_t row_bytes, const bf16 *w, int64_t next, int64_t n, int64_t panels,
-                             float *sums, int64_t stride) {
+// To the tiles of sums of two or four panels, for numbers that are sums of two: x has 32 numbers of a row, `row_bytes` from the
+// next row's, first [32] then second [32]. The products of the first ones come first, then those of the second.
+INLINE void add_halves(const bf16 *x, int64_t row_bytes, const bf16 *w, int64_t panels) {
     constexpr int PANEL = TOGETHER * WIDTH;
     written();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t i = 0; i < n; i++, x += 2 * TOGETHER, w += next) {
-        _tile_loadd(4, x, row_bytes);
-        _tile_loadd(5, x + TOGETHER, row_bytes);
-        _tile_loadd(6, w, 64);
-        _tile_loadd(7, w + PANEL, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(0, 5, 6);
-        _tile_dpbf16ps(1, 5, 7);
-        if (panels < 4) continue;
-        _tile_loadd(6, w + 2 * PANEL, 64);
-        _tile_loadd(7, w + 3 * PANEL, 64);
-        _tile_dpbf16ps(2, 4, 6);
-        _tile_dpbf16ps(3, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, sums, stride * 4);
-    _tile_stored(1, sums + WIDTH, stride * 4);
-    if (panels > 3) {
-        _tile_stored(2, sums + 2 * WIDTH, stride * 4);
-        _tile_stored(3, sums + 3 * WIDTH, stride * 4);
-    }
-    written();
+    _tile_loadd(4, x, row_bytes);
+    _tile_loadd(5, x + TOGETHER, row_bytes);
+    _tile_loadd(6, w, 64);
+    _tile_loadd(7, w + PANEL, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(0, 5, 6);
+    _tile_dpbf16ps(1, 5, 7);
+    if (panels < 4) return;
+    _tile_loadd(6, w + 2 * PANEL, 64);
+    _tile_loadd(7, w + 3 * PANEL, 64);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_dpbf16ps(3, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
 }
 
 #else
@@ -251,6 +242,9 @@ INLINE void halves_by_panels(const bf16 *x, int64_t row_bytes, const bf16 *w, in
 inline bool has_tiles() { return false; }
 inline void set_up_tiles(int64_t) {}
 inline void let_tiles_go() {}
+inline void clear_tiles() {}
+inline void store_tiles(int64_t, float *, int64_t) {}
+inline void add_halves(const bf16 *, int64_t, const bf16 *, int64_t) {}
 
 #endif
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <vector>
 
 #include "coming.h"
 #include "meet.h"
@@ -30,8 +31,30 @@ void add_planes(const float *planes, long plane, const int64_t *nodes, long n_pl
         }
 }
 
+// How each attention is dealt out: alike ones have one plan.
+struct Plans {
+    std::vector<std::pair<const Op *, std::shared_ptr<const team::Plan>>> plans;
+
+    Plans(const Op *ops, int64_t n_ops, const Step &step, int threads) {
+        for (const Op *op = ops; op < ops + n_ops; op++)
+            if (op->kind == Op::ATTEND && !find(*op))
+                plans.emplace_back(op, team::plan_attention(int(step.is_bf16), step.tables, int(step.max_pages), step.starts,
+                                                            step.lengths, int(step.spans), of_query(*op), int(op->v[5]),
+                                                            int(op->v[6]), int(op->v[7]), int(op->v[8]), threads));
+    }
+    static const int *of_query(const Op &op) { return reinterpret_cast<const int *>(op.v[4]); }
+    const team::Plan *find(const Op &op) const {
+        for (const auto &[other, plan] : plans)  // heads, KV heads, their size and window, and who reads what
+            if (std::equal(op.v + 5, op.v + 9, other->v + 5) &&
+                std::equal(of_query(op), of_query(op) + op.v[5], of_query(*other)))
+                return plan.get();
+        return nullptr;
+    }
+    const team::Plan &of(const Op &op) const { return *find(op); }
+};
+
 // Called by every thread of the team. `fault` is what a round among ranks ended with; after one there is no other.
-void run_one(const Op &op, const Step &step, int threads, int &fault, Coming &coming) {
+void run_one(const Op &op, const Step &step, const Plans &plans, int threads, int &fault, Coming &coming) {
     const int64_t *v = op.v;
     auto p = [&](int i) { return reinterpret_cast<void *>(v[i]); };
     const int bf16s = int(step.is_bf16);
@@ -51,9 +74,7 @@ void run_one(const Op &op, const Step &step, int threads, int &fault, Coming &co
                              step.n_slots, step.slots, step.n, v[8], v[9], v[10]);
             break;
         case Op::ATTEND:
-            team::attend(bf16s, p(0), v[1], p(2), p(3), step.n_slots, step.tables, int(step.max_pages), step.starts, step.lengths,
-                         int(step.spans), static_cast<const int *>(p(4)), int(v[5]), int(v[6]), int(v[7]), int(v[8]), p(9),
-                         threads);
+            team::attend(plans.of(op), p(0), v[1], p(2), p(3), step.n_slots, p(9));
             break;
         case Op::GATE:
             team::silu_mul(bf16s, p(0), v[1], p(2), v[3], p(4), step.n, v[5]);
@@ -129,6 +150,7 @@ extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step
             return -int(i) - 1;
     if (int bad = team::bad_span(step->n_slots, step->tables, int(step->max_pages), step->starts, step->lengths, int(step->spans)))
         return bad;
+    const Plans plans(ops, n_ops, *step, threads);
     int fault = 0;
     Meeting meeting;
     auto since = std::chrono::steady_clock::now();
@@ -141,7 +163,7 @@ extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step
             if (i + 1 < n_ops && run_two(ops + i, *step, threads))
                 i++;
             else
-                run_one(ops[i], *step, threads, fault, coming);
+                run_one(ops[i], *step, plans, threads, fault, coming);
             meet(meeting, omp_get_num_threads(), coming);
             if (!step->seconds) continue;
 #pragma omp master

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 #include "coming.h"
 
@@ -59,8 +60,11 @@ void silu_mul(int is_bf16, const void *a, long a_stride, const void *b, long b_s
 // 0, or 1 + the first span whose pages are missing or lie outside the cache.
 int bad_span(long slots, const int *tables, int max_pages, const int *starts, const int *lengths, int spans);
 
-void attend(int is_bf16, const void *q, long q_stride, const void *keys, const void *values, long slots, const int *tables,
-            int max_pages, const int *starts, const int *lengths, int spans, const int *of_query, int heads, int kv_heads,
-            int dim, int window, void *out, int threads);
+// How attention is dealt out in all layers that are alike: made before the team begins, of what must outlive it.
+struct Plan;
+std::shared_ptr<const Plan> plan_attention(int is_bf16, const int *tables, int max_pages, const int *starts, const int *lengths,
+                                           int spans, const int *of_query, int heads, int kv_heads, int dim, int window,
+                                           int threads);
+void attend(const Plan &plan, const void *q, long q_stride, const void *keys, const void *values, long slots, void *out);
 
 }  // namespace team
