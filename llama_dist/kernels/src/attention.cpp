@@ -119,7 +119,7 @@ void attend_segment(const Rows<T> &rows, const float *q, int segment, float *sta
     const Plan &plan = rows.plan;
     const int chunks = plan.chunks(), n = rows.tile.rows;
     Seen seen(rows);
-    const int start = std::max(segment * SEGMENT, seen.begins[0]), stop = std::min(seen.ends[n - 1], (segment + 1) * SEGMENT);
+    const int start = std::max(segment * SEGMENT, rows.tile.begin), stop = std::min(rows.tile.end, (segment + 1) * SEGMENT);
 #if DOTS == 2
     if constexpr (sizeof(T) == 2)
         if (plan.dots()) return attend_dots(rows, (const T *)q, start, stop, seen, state);
@@ -129,7 +129,7 @@ void attend_segment(const Rows<T> &rows, const float *q, int segment, float *sta
         std::fill(row, row + (chunks + 1) * WIDTH, 0.0f);
         most_of(row, chunks) = -INFINITY;
     }
-    if (n <= FEW && rows.token(0) == rows.token(n - 1) && plan.dim % WIDTH == 0)
+    if (n <= FEW && rows.one_token() && plan.dim % WIDTH == 0)
         return attend_few(rows, q, start, stop, seen, state);
     alignas(64) float scores[ROWS * BLOCK];
     for (int base = std::max(segment * SEGMENT, seen.begins[0] / BLOCK * BLOCK); base < stop; base += BLOCK) {
@@ -157,9 +157,10 @@ void merge(const Asked &rows, int segment, const float *state, float *into) {
     }
 }
 
-// The tile's queries: floats [rows][chunks * 16], or for dots.h as they are [rows][dim], the last tile filled up.
+// The tile's queries: floats [rows][chunks * 16], or for dots.h as they are [rows][dim], the last of AMX's tiles filled up; those
+// have `height` rows.
 template <class T>
-void queries(const Job<T> &job, const Asked &rows, float *q) {
+void queries(const Job<T> &job, const Asked &rows, float *q, int &height) {
     const Plan &plan = job.plan;
     rows.each([&](int row, long token, int head) {
         const T *from = job.q + token * job.q_stride + long(head) * plan.dim;
@@ -170,7 +171,7 @@ void queries(const Job<T> &job, const Asked &rows, float *q) {
     });
     if (!plan.dots()) return;
     std::fill_n((T *)q + rows.tile.rows * plan.dim, (rows.room() - rows.tile.rows) * plan.dim, T{});
-    if (has_tiles()) set_up_tiles(rows.height());
+    if (has_tiles() && height != rows.height()) set_up_tiles(height = rows.height());
 }
 
 template <class T>
@@ -190,11 +191,11 @@ constexpr int QUERIES = std::max(ROWS * MAX_DIM, MOST_ROWS * MAX_DIM / 2);  // f
 
 // All keys of tile t; after it the thread is likely to take tile `next`.
 template <class T>
-void attend_tile(const Job<T> &job, int t, int next) {
+void attend_tile(const Job<T> &job, int t, int next, int &height) {
     const Plan::Tile &tile = job.plan.tiles[t], &after = job.plan.tiles[next];
     const Asked asked(job.plan, tile);
     alignas(64) float q[QUERIES], part[STATE], state[STATE];
-    queries(job, asked, q);
+    queries(job, asked, q, height);
     const int first = asked.first_segment(), end = asked.end_segment();
     for (int s = first; s < end; s++) {
         const bool goes_on = s + 1 < end;
@@ -207,13 +208,13 @@ void attend_tile(const Job<T> &job, int t, int next) {
 
 // The keys of piece i. Who ends a tile's last one merges them all, in order.
 template <class T>
-void attend_piece(const Job<T> &job, int i) {
+void attend_piece(const Job<T> &job, int i, int &height) {
     const Plan &plan = job.plan;
     const auto &piece = plan.pieces[i], &next = plan.pieces[std::min(i + plan.threads, int(plan.pieces.size()) - 1)];
     const Rows<T> rows(job, plan.tiles[piece.tile], plan.tiles[next.tile], next.segment);
     {
         alignas(64) float q[QUERIES];
-        queries(job, rows, q);
+        queries(job, rows, q, height);
         attend_segment(rows, q, piece.segment, plan.states.get() + piece.state);
     }
     const int first = plan.first_piece[piece.tile], end = plan.first_piece[piece.tile + 1];
@@ -228,18 +229,19 @@ template <class T>
 void attend(const Job<T> &job) {
     const Plan &plan = job.plan;
     const int tiles = int(plan.tiles.size()), pieces = int(plan.pieces.size());
+    int height = 0;  // of AMX's tiles, once they are set up
     if (pieces) {
 #pragma omp for schedule(dynamic) nowait
-        for (int i = 0; i < pieces; i++) attend_piece(job, i);
+        for (int i = 0; i < pieces; i++) attend_piece(job, i, height);
     } else {
         const int together = std::max(1, std::min(8, tiles / (8 * plan.threads)));
 #pragma omp for schedule(dynamic, together) nowait
         for (int i = 0; i < tiles; i++) {  // the long ones first
             const int next = i + ((i + 1) % together ? 1 : 1 + (plan.threads - 1) * together);
-            attend_tile(job, tiles - 1 - i, tiles - 1 - std::min(next, tiles - 1));
+            attend_tile(job, tiles - 1 - i, tiles - 1 - std::min(next, tiles - 1), height);
         }
     }
-    if (plan.dots() && has_tiles()) let_tiles_go();
+    if (height) let_tiles_go();
 }
 
 // Few tiles over many keys are cut into pieces.
@@ -286,9 +288,13 @@ std::shared_ptr<const Plan> team::plan_attention(int is_bf16, const int *tables,
         plan.first_token.push_back(token);
         longer |= starts[i] + lengths[i] > SEGMENT;
         for (int h = 0; h < kv_heads; h++) {
-            const int rows = lengths[i] * (plan.first_reader[h + 1] - plan.first_reader[h]);
-            for (int first = 0; first < rows; first += plan.rows())
-                plan.tiles.push_back({i, h, first, std::min(plan.rows(), rows - first)});
+            const int readers = plan.first_reader[h + 1] - plan.first_reader[h], all = lengths[i] * readers;
+            for (int first = 0; first < all; first += plan.rows()) {
+                const int rows = std::min(plan.rows(), all - first), token = first / readers;
+                const int begin = window ? std::max(0, starts[i] + token + 1 - window) : 0;
+                const int end = starts[i] + (first + rows - 1) / readers + 1;
+                plan.tiles.push_back({i, h, token, first % readers, rows, begin, end});
+            }
         }
     }
     if (longer && threads > 1 && int(plan.tiles.size()) < 4 * threads) cut(plan);

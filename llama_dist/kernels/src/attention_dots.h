@@ -13,7 +13,7 @@
 namespace {
 
 constexpr int LEAD = 4;  // pages that are called in before they are read
-constexpr int SOME = 4;  // lines at a time: as many as are read meanwhile where values are laid out
+constexpr int SOME = 2;  // lines at a time, half of what is read meanwhile: so many pages more than one with each page of keys
 
 // Pages [16][dim] in the order in which they are read, called into the second cache line by line between other work: more at a
 // time than memory gives would stop it.
@@ -71,7 +71,7 @@ INLINE void attend_once(const Rows<bf16> &rows, const bf16 *q, const bf16 *const
     for (int p = base / PAGE; p < pages; p++) stream.pages[stream.n++] = values[p];
     for (int p = 0; p < LEAD; p++) stream.pages[stream.n++] = rows.job.keys + rows.next_place(p);
     for (int p = base / PAGE; p < pages; p++) {
-        stream.call(stream.lines);
+        stream.call(stream.lines * 3 / 2);
         score_pages(q, n, keys, p, p + 1, dim, scores);
     }
     const int pairs = (end - base + TOGETHER - 1) / TOGETHER;
@@ -105,7 +105,7 @@ void attend_dots(const Rows<bf16> &rows, const bf16 *q, int start, int stop, con
     const long stride = plan.stride();
     alignas(64) float scores[WIDTH * ACROSS];
     const bf16 *keys[PAGES], *values[PAGES];
-    for (int p = first / TOGETHER * 2; p < PAGES; p++) {
+    for (int p = first / TOGETHER * 2; p < (pages + 1) / 2 * 2; p++) {  // pairs
         const long here = rows.place(origin + std::min(p, pages - 1) * PAGE);
         keys[p] = rows.job.keys + here, values[p] = rows.job.values + here;
     }

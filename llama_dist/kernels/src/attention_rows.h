@@ -25,9 +25,10 @@ constexpr int AHEAD = BLOCK / PAGE;  // pages that are called into the cache bef
 
 // What is asked for, whatever the layer.
 struct team::Plan {
-    // `rows` rows of one span and KV head: row i is reader i % readers of token i / readers.
+    // `rows` rows of one span and KV head. A token has a row for each reader of the head; the first row is that of `reader`, for
+    // the span's `token`. The rows see keys begin ... end - 1.
     struct Tile {
-        int span, kv_head, first, rows;
+        int span, kv_head, token, reader, rows, begin, end;
     };
     // A tile's keys of one segment; what its rows hold after them goes to states + state.
     struct Piece {
@@ -80,25 +81,23 @@ struct Asked {
 
     Asked(const Plan &plan, const Plan::Tile &tile)
         : plan(plan), tile(tile), n_readers(plan.first_reader[tile.kv_head + 1] - plan.first_reader[tile.kv_head]) {}
-    int token(int row) const { return (tile.first + row) / n_readers; }
     // call(row, token, head) for each row, the token counted among all of the call.
     template <class Call> void each(Call call) const {
         const int *heads = plan.readers.data() + plan.first_reader[tile.kv_head];
-        long at = plan.first_token[tile.span] + tile.first / n_readers;
-        for (int row = 0, reader = tile.first % n_readers; row < tile.rows; row++) {
+        long at = plan.first_token[tile.span] + tile.token;
+        for (int row = 0, reader = tile.reader; row < tile.rows; row++) {
             call(row, at, heads[reader]);
             if (++reader == n_readers) reader = 0, at++;
         }
     }
-    int end(int row) const { return plan.starts[tile.span] + token(row) + 1; }
-    int begin(int row) const { return plan.window ? std::max(0, end(row) - plan.window) : 0; }
+    bool one_token() const { return tile.reader + tile.rows <= n_readers; }
     int height() const {  // of tiles for dots.h, as even as can be
         const int tiles = (tile.rows + WIDTH - 1) / WIDTH;
         return (tile.rows + tiles - 1) / tiles;
     }
     int room() const { return (tile.rows + height() - 1) / height() * height(); }  // rows of whole tiles
-    int first_segment() const { return begin(0) / SEGMENT; }
-    int end_segment() const { return (end(tile.rows - 1) - 1) / SEGMENT + 1; }
+    int first_segment() const { return tile.begin / SEGMENT; }
+    int end_segment() const { return (tile.end - 1) / SEGMENT + 1; }
 };
 
 // The same in a layer; and what this thread is likely to read next, a tile's keys of a segment.
@@ -110,13 +109,14 @@ struct Rows : Asked {
 
     Rows(const Job<T> &job, const Plan::Tile &tile, const Plan::Tile &next, int next_segment)
         : Asked(job.plan, tile), job(job), next(next), next_segment(next_segment) {}
-    long place(int position) const {  // in keys and values, of the page that holds a position
+    // Where in keys and values the page is that holds a position.
+    long place(const Plan::Tile &tile, int position) const {
         const long page = plan.tables[long(tile.span) * plan.max_pages + position / PAGE];
         return (tile.kv_head * job.slots + page * PAGE) * plan.dim;
     }
+    long place(int position) const { return place(tile, position); }
     long next_place(int p) const {  // of page `p` of what is next
-        const Rows it(job, next, next, 0);
-        return it.place(std::min(std::max(it.begin(0), next_segment * SEGMENT) + p * PAGE, it.end(next.rows - 1) - 1));
+        return place(next, std::min(std::max(next.begin, next_segment * SEGMENT) + p * PAGE, next.end - 1));
     }
 };
 
@@ -136,10 +136,12 @@ struct Seen {
     int begins[MOST_ROWS], ends[MOST_ROWS], from[ROWS], to[ROWS];
 
     explicit Seen(const Asked &rows) {
-        int reader = rows.tile.first % rows.n_readers, end = rows.end(0);
-        for (int r = 0; r < rows.tile.rows; r++, reader++) {
+        const Plan &plan = rows.plan;
+        const Plan::Tile &tile = rows.tile;
+        int reader = tile.reader, end = plan.starts[tile.span] + tile.token + 1;
+        for (int r = 0; r < tile.rows; r++, reader++) {
             if (reader == rows.n_readers) reader = 0, end++;
-            begins[r] = rows.plan.window ? std::max(0, end - rows.plan.window) : 0, ends[r] = end;
+            begins[r] = plan.window ? std::max(0, end - plan.window) : 0, ends[r] = end;
         }
     }
     void block(int base, int n) {
