@@ -58,7 +58,7 @@ def within(found: torch.Tensor, true: torch.Tensor, rounding: float, slack: floa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_it_is_attention(dtype: torch.dtype, head_dim: int, window: int) -> None:
     of_query = MAPS[(head_dim + window) % len(MAPS)]
-    bounds = ((0, 37), (100, 101), (540, 561), (3, 4), (15, 17))
+    bounds = ((0, 37), (100, 101), (540, 561), (505, 519), (3, 4), (15, 17))
     whole = [text(stop, len(of_query), 3, head_dim, dtype, seed=stop) for _, stop in bounds]
     parts = [(it, *ends) for it, ends in zip(whole, bounds, strict=True)]
     true = torch.cat([plain(part, of_query, window) for part in parts])
@@ -95,6 +95,21 @@ def test_bits_do_not_depend_on_neighbours_chunks_pages_threads_or_alignment(
             assert same_bits(rows, whole[start:stop]), f"tokens {start} to {stop} of {len(it.q)}, in trial {trial}"
 
 
+@pytest.mark.parametrize(("head_dim", "window"), [(20, 0), (64, 0), (64, 600), (96, 0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_share_a_long_sequence(dtype: torch.dtype, head_dim: int, window: int) -> None:
+    of_query = (0, 0, 0, 1, 1, 1, 2, 2, 2)
+    it = text(1100, 9, 3, head_dim, dtype)
+    for start in (1099, 1090):
+        with threads(1):
+            alone = attended([(it, start, 1100)], of_query, window)[0]
+        for n_threads in (2, 3, 7):
+            with threads(n_threads):
+                for seed in range(4):
+                    found = attended([(it, start, 1100)], of_query, window, seed=seed)[0]
+                    assert same_bits(found, alone), (start, n_threads, seed)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_do_not_depend_on_which_heads_a_rank_holds(dtype: torch.dtype) -> None:
     of_query = (0, 0, 0, 1, 1, 1, 2, 2, 2)
@@ -108,20 +123,24 @@ def test_bits_do_not_depend_on_which_heads_a_rank_holds(dtype: torch.dtype) -> N
         assert same_bits(found, whole[190:, first:last])
 
 
-@pytest.mark.parametrize(("head_dim", "window"), [(64, 0), (32, 30), (80, 0)])
+@pytest.mark.parametrize(("head_dim", "window"), [(64, 0), (32, 30), (80, 0), (96, 0), (256, 0), (64, 600)])
 def test_amx_has_its_bits_without_its_tiles(
     head_dim: int, window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As AVX-512 gives them where a process may not use AMX."""
     if instructions() != "amx":
         pytest.skip("needs a processor with AMX")
-    it, of_query = text(200, 9, 3, head_dim, torch.bfloat16), (0, 0, 0, 1, 1, 1, 2, 2, 2)
-    parts = [(it, 0, 200), (it, 77, 78), (it, 199, 200)]
-    usual = attended(parts, of_query, window)
+    it, of_query = text(1100, 9, 3, head_dim, torch.bfloat16), (0, 0, 0, 1, 1, 1, 2, 2, 2)
+    parts = [(it, 0, 1100), (it, 77, 78), (it, 505, 519), (it, 1099, 1100)]
+
+    def found() -> list[torch.Tensor]:
+        with threads(3):  # which share the one sequence
+            return [*attended(parts, of_query, window), *attended(parts[-1:], of_query, window)]
+
+    usual = found()
     apart = compiled_apart(tmp_path / "pairs.so", attention._compiled(), ["attention"], "-DTILES=0")
     monkeypatch.setattr(attention, "_compiled", apart)
-    found = attended(parts, of_query, window)
-    assert all(map(same_bits, found, usual))
+    assert all(map(same_bits, found(), usual))
 
 
 @pytest.mark.parametrize("readers", [7, 12, 13, 71])

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from llama_dist.kernels.attention import attend
 from llama_dist.kernels.program import Call, Program
 from llama_dist.kernels.small import silu_mul
 from llama_dist.kernels.tree import roots, total
 from llama_dist.quant import product
 from llama_dist.quant.pack import pack
 from llama_dist.quant.packed import EXACT, Packed, empty
-from tests.kernel_cases import DTYPES, need_kernels, same_bits, threads
+from tests.kernel_cases import DTYPES, arguments, need_kernels, same_bits, text, threads
 
 VOCAB, WIDTH = 37, 22
 
@@ -133,6 +134,33 @@ def test_a_sum_of_planes_after_its_product(dtype: torch.dtype, width: int, unit:
     program.add_planes(planes, nodes, y)
     true = total(nodes, list(product.unit_sums(x, w, 0))).to(dtype)
     check_rows(program, y, true)
+
+
+@pytest.mark.parametrize("head_dim", [20, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layers_share_how_attention_is_dealt_out(dtype: torch.dtype, head_dim: int) -> None:
+    """Those that are alike; with a window, or heads that read others, anew. The bits are each layer's own."""
+    need_kernels()
+    layers = [((0, 0, 0, 1, 1, 2), 0), ((0, 0, 0, 1, 1, 2), 0), ((0, 0, 0, 1, 1, 2), 600), ((0, 1, 1, 2, 2, 2), 0)]
+    texts = [text(1100, 6, 3, head_dim, dtype, seed=i) for i in range(len(layers))]
+    program = Program(1, dtype)
+    out, true, held = [], [], []
+    for it, (of_query, window) in zip(texts, layers, strict=True):
+        q, keys, values, tables, starts, counts, reads = arguments([(it, 1099, 1100)], of_query, compiled=True)
+        true.append(attend(q, keys, values, tables, starts, counts, reads, window).flatten(1))
+        out.append(program.rows(f"out {len(out)}", 6 * head_dim))
+        program.attend(q.flatten(1), keys, values, reads, window, out[-1])
+        held.append((q, keys, values, reads))
+    some, _held = call([0])
+    places = (t.data_ptr() for t in (tables, starts, counts))
+    asked = Call(*some[:2], tables.shape[1], keys.shape[1], *some[4:9], *places, *some[12:])
+    for n_threads in (1, 2, 3, 7):
+        with threads(n_threads):
+            for _ in range(5):
+                for rows in out:
+                    rows.fill_(9)
+                program.run(asked)
+                assert all(map(same_bits, out, true)), n_threads
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -217,7 +217,8 @@ inline void multiply(Tile &sums, const Tile &a, const Tile &b) {
 #undef _tile_stored
 #undef _tile_dpbf16ps
 #define _tile_loadconfig tiles_by_hand::configure
-#define _tile_release() (void)0
+// What was in them is gone, and what comes next has to set them up.
+#define _tile_release() memset(tiles_by_hand::tiles, 0, sizeof tiles_by_hand::tiles)
 #define _tile_zero(t) memset(tiles_by_hand::tiles[t].bytes, 0, sizeof tiles_by_hand::tiles[t].bytes)
 #define _tile_loadd(t, p, stride) tiles_by_hand::load(tiles_by_hand::tiles[t], p, stride)
 #define _tile_stored(t, p, stride) tiles_by_hand::store(tiles_by_hand::tiles[t], p, stride)

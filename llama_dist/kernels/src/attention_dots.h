@@ -13,14 +13,14 @@
 namespace {
 
 constexpr int LEAD = 4;  // pages that are called in before they are read
-constexpr int SOME = 2;  // lines at a time, half of what is read meanwhile: so many pages more than one with each page of keys
+constexpr int SOME = 2;  // lines at a time later on: with each page of keys more than a page is called in
 
 // Pages [16][dim] in the order in which they are read, called into the second cache line by line between other work: more at a
 // time than memory gives would stop it.
 struct Stream {
     const bf16 *pages[2 * PAGES + LEAD];
     const char *at = nullptr;
-    int n = 0, next = LEAD, left = 0, lines;  // lines left of a page before the next one; the first pages have been called in
+    int n = 0, next = 0, left = 0, lines;  // lines left of a page before the next one
 
     explicit Stream(int dim) : lines(PAGE * dim * int(sizeof(bf16)) / 64) {}
     __attribute__((always_inline)) void call(int some) {
@@ -68,6 +68,7 @@ INLINE void attend_once(const Rows<bf16> &rows, const bf16 *q, const bf16 *const
     const long stride = rows.plan.stride();
     Stream stream(dim);
     for (int p = base / PAGE; p < pages; p++) stream.pages[stream.n++] = keys[p];
+    stream.next = std::min(LEAD, stream.n);  // as many were called in before
     for (int p = base / PAGE; p < pages; p++) stream.pages[stream.n++] = values[p];
     for (int p = 0; p < LEAD; p++) stream.pages[stream.n++] = rows.job.keys + rows.next_place(p);
     for (int p = base / PAGE; p < pages; p++) {

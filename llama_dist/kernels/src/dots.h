@@ -228,13 +228,14 @@ INLINE void add_halves(const bf16 *x, int64_t row_bytes, const bf16 *w, int64_t 
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(0, 5, 6);
     _tile_dpbf16ps(1, 5, 7);
-    if (panels < 4) return;
+    if (panels < 4) return written();  // x and w may be written anew
     _tile_loadd(6, w + 2 * PANEL, 64);
     _tile_loadd(7, w + 3 * PANEL, 64);
     _tile_dpbf16ps(2, 4, 6);
     _tile_dpbf16ps(3, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+    written();
 }
 
 #else

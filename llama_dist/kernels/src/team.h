@@ -1,5 +1,5 @@
 // The kernels as parts of one parallel region: every thread of a team of `threads` calls them alike, and may leave before the
-// others are done (meet.h). What they compute is said where they are defined.
+// others are done (meet.h). What they compute is said where they are defined. What returns something is asked before.
 #pragma once
 
 #include <cstdint>
