@@ -105,7 +105,7 @@ def test_threads_share_a_long_sequence(dtype: torch.dtype, head_dim: int, window
             alone = attended([(it, start, 1100)], of_query, window)[0]
         for n_threads in (2, 3, 7):
             with threads(n_threads):
-                for seed in range(4):
+                for seed in range(2):
                     found = attended([(it, start, 1100)], of_query, window, seed=seed)[0]
                     assert same_bits(found, alone), (start, n_threads, seed)
 
