@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from llama_dist.frontend.batch import cards
 from llama_dist.frontend.batch.cards import counts, others_alive
 from llama_dist.frontend.batch.leases import Leases
 
+LIFE = 20  # blocks claimed by a process that is killed
 TIMEOUT = 60.0  # of tests that turn the clock by hand: no heartbeat comes by itself meanwhile
 
 
@@ -246,10 +248,15 @@ def test_no_hard_links_is_said(join: Any, monkeypatch: pytest.MonkeyPatch) -> No
             a.claim("1")
 
 
-def _work(folder: Path, log: Path, seed: int, blocks: int, dies: bool) -> None:
+def _lines(log: Path) -> list[str]:
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def _work(folder: Path, log: Path, seed: int, blocks: int, dying: list[Path]) -> None:
+    """Claim and finish blocks until all are done; whose log is in `dying` is killed as it holds its last of `LIFE`."""
     dice = random.Random(seed)
     names = [str(block) for block in range(blocks)]
-    leases = Leases(folder, f"task-{seed}", f"part-{seed}", 1.0)
+    leases = Leases(folder, f"task-{seed}", f"part-{seed}", 5.0)  # the dead are told by their process
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     n = 0
     while True:
@@ -257,11 +264,14 @@ def _work(folder: Path, log: Path, seed: int, blocks: int, dies: bool) -> None:
         if leases.done >= set(names):
             break
         free = [name for name in names if leases.free(name)]
+        waits = log not in dying and any(len(_lines(path)) < LIFE for path in dying)
+        if waits and len(list(folder.glob("*.done"))) > blocks / 2:  # `free` is a view of a while ago
+            free = []  # however late they begin, enough is left for those that are to die
         for name in dice.sample(free, min(len(free), 5)):
             if leases.claim(name):
                 os.write(fd, f"{name}\n".encode())
                 n += 1
-                if dies and n == 20:
+                if log in dying and n == LIFE:
                     os.kill(os.getpid(), signal.SIGKILL)
                 leases.finish(name)
         if not free:
@@ -272,19 +282,24 @@ def _work(folder: Path, log: Path, seed: int, blocks: int, dies: bool) -> None:
 def test_many_processes_that_race_and_some_that_die(folder: Path, tmp_path: Path) -> None:
     """Each block is done by one; the block that a killed process held is done by one more."""
     blocks, n, dying = 400, 8, 3
+    logs = [tmp_path / f"log-{seed}" for seed in range(n)]
     children = []
-    for seed in range(n):
+    for seed, log in enumerate(logs):
         child = os.fork()
         if child == 0:
             try:
-                _work(folder, tmp_path / f"log-{seed}", seed, blocks, seed < dying)
+                _work(folder, log, seed, blocks, logs[:dying])
+                os._exit(0)
+            except BaseException:
+                (tmp_path / f"error-{seed}").write_text(traceback.format_exc())
             finally:
                 os._exit(1)
         children.append(child)
-    signals = [os.WTERMSIG(os.waitpid(child, 0)[1]) for child in children]
-    assert signals == [signal.SIGKILL] * dying + [0] * (n - dying)
-    claimed = Counter(line for path in tmp_path.glob("log-*") for line in path.read_text().splitlines())
-    held = {(tmp_path / f"log-{seed}").read_text().splitlines()[-1] for seed in range(dying)}
+    ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert not [path.read_text() for path in tmp_path.glob("error-*")]
+    assert ends == [-signal.SIGKILL] * dying + [0] * (n - dying)
+    claimed = Counter(line for log in logs for line in _lines(log))
+    held = {_lines(log)[-1] for log in logs[:dying]}
     assert set(claimed) == {str(block) for block in range(blocks)}, "blocks were lost"
     assert {name for name, times in claimed.items() if times > 1} == held
     assert all(claimed[name] == 2 for name in held)
