@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from llama_dist.engine.plan import units_of
+from llama_dist.kernels import build
+from llama_dist.kernels.touch import touch
 from llama_dist.model import room
 from llama_dist.model.shapes import SHAPES
 from llama_dist.model.transformer import Transformer
@@ -64,3 +66,25 @@ def test_large_pages_are_large() -> None:
     found = room.large_pages(64 * 2**20)
     assert found is not None and not found.any()
     assert in_large_pages(found.fill_(1)) >= 2**21
+
+
+def resident() -> int:
+    """Bytes of this process that are there."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no way to ask what is there")
+def test_touched_memory_is_there_and_holds_what_it_held() -> None:
+    if build.library() is None:
+        pytest.skip("no C++ kernels")
+    size = 64 * 2**20
+    fresh = torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+    before = resident()
+    fresh[size // 3] = 7
+    assert resident() - before < size / 2
+    touch(fresh)
+    assert resident() - before > size * 0.9
+    assert fresh[size // 3] == 7 and fresh.count_nonzero() == 1
+    apart = torch.arange(2**21)[::2]
+    touch(apart)  # no one run of memory: left alone
+    assert bool((apart == torch.arange(0, 2**21, 2)).all())

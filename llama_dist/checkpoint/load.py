@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from llama_dist.checkpoint.reader import Reader
 from llama_dist.errors import CheckpointError
+from llama_dist.kernels.touch import touch
 from llama_dist.model.transformer import Transformer
 from llama_dist.parallel.layers import Placement
 from llama_dist.quant.pack import pack
@@ -79,6 +80,8 @@ def load(
         for name, (weight, place) in weights.items():
             if halted():
                 return
+            for part in weight.parts if isinstance(weight, Packed) else (weight,):
+                touch(part)
             if isinstance(weight, Packed):
                 tied = name not in reader.tensors  # the output, which is the embedding
                 fill_packed(weight, reader, "tok_embeddings.weight" if tied else name, place)
