@@ -34,18 +34,13 @@ struct Stream {
     }
 };
 
-// scores [height][pages][16] of q [height][dim], dim a multiple of 32, and pages begin ... end - 1.
-INLINE void score_pages(const bf16 *q, int height, const bf16 *const *keys, int begin, int end, int dim, float *scores) {
-#if TILES
-    if (has_tiles()) {
-        for (int p = begin; p < end; p += 4) tile_by_panels(q, keys + p, end - p, dim, scores + p * PAGE, ACROSS);
-        return;
-    }
-#endif
+// scores [height][N pages][16] of q [height][dim], dim a multiple of 32, and the pages, rows ACROSS apart.
+template <int N> INLINE void score_pages(const bf16 *q, int height, const bf16 *const *keys, int dim, float *scores) {
+    if (has_tiles()) return tile_by_panels<N>(q, keys, dim, scores, ACROSS);
     for (int row = 0; row < height; row++) {
         uint32_t words[MAX_DIM];
         pair_up(q + row * dim, dim, dim, words);
-        for (int p = begin; p < end; p++) {
+        for (int p = 0; p < N; p++) {
             Lanes sum = all(0.0f);
             by_pairs<1, 1, false>(keys[p], 0, words, 0, dim, &sum, 1);
             store(scores + row * ACROSS + p * PAGE, sum);
@@ -63,7 +58,8 @@ INLINE void weigh_row(const Plan &plan, const Seen &seen, int row, int origin, i
 
 // One tile's rows over keys first ... end - 1 of a segment, which begins at `origin`.
 INLINE void attend_once(const Rows<bf16> &rows, const bf16 *q, const bf16 *const *keys, const bf16 *const *values, int first,
-                        int end, const Seen &seen, int origin, float *scores, float *state) {
+                        int end, const Seen &seen, int origin, float *state) {
+    alignas(64) float scores[WIDTH * ACROSS];
     const int dim = rows.plan.dim, n = rows.tile.rows, base = first / TOGETHER * TOGETHER, pages = (end - 1) / PAGE + 1;
     const long stride = rows.plan.stride();
     Stream stream(dim);
@@ -73,7 +69,7 @@ INLINE void attend_once(const Rows<bf16> &rows, const bf16 *q, const bf16 *const
     for (int p = 0; p < LEAD; p++) stream.pages[stream.n++] = rows.job.keys + rows.next_place(p);
     for (int p = base / PAGE; p < pages; p++) {
         stream.call(stream.lines * 3 / 2);
-        score_pages(q, n, keys, p, p + 1, dim, scores);
+        score_pages<1>(q, n, keys + p, dim, scores + p * PAGE);
     }
     const int pairs = (end - base + TOGETHER - 1) / TOGETHER;
     auto some = [&] { stream.call(SOME); };
@@ -83,7 +79,10 @@ INLINE void attend_once(const Rows<bf16> &rows, const bf16 *q, const bf16 *const
     for (int at = 0; at < dim; at += SUMS * WIDTH) {
         const int many = std::min((dim - at) / WIDTH, SUMS);
         float *sums = state + at;
-        auto add = [&](int pair) { add_values(scores + pair * TOGETHER, n, panels[pair % 2], many, sums, stride); };
+        auto add = [&](int pair) {
+            add_values<0>(scores + pair * TOGETHER, n, panels[pair % 2], sums, stride);
+            if (many > 2) add_values<2>(scores + pair * TOGETHER, n, panels[pair % 2] + 2 * PANEL, sums, stride);
+        };
         begin_sums(n, many, sums, stride);
         int before = -1;  // the pair that is laid out and not yet added: its lines are on their way to the cache
         pairs_seen(first, end, [&](int pair, auto whole, uint32_t set) {
@@ -97,6 +96,61 @@ INLINE void attend_once(const Rows<bf16> &rows, const bf16 *q, const bf16 *const
     }
 }
 
+// A tile of AMX's rows over pairs of pages of a segment: its first row, how many are asked for, its pairs from `begin` on.
+struct Turn {
+    int row, mine, begin, pairs;
+    const bf16 *q;
+    float *scores, *state;
+};
+
+// What AMX does between the rows of a turn that are weighed, a part of it after each: the values of the turn before, two panels
+// of a pair at a time, and the scores of the turn after. What comes next is called into the first cache while a row is weighed.
+struct Beside {
+    static constexpr int PART = 2 * PANEL, PAIRS = PAGES / 2;
+
+    const Turn *before, *after;
+    const bf16 *panels, *const *keys;  // [dim / 32][PAIRS][PART]; [pages]
+    int height, dim;
+    long stride;
+    int n_adds, n_scores, added = 0, scored = 0;
+    const char *values_ahead = nullptr, *keys_ahead = nullptr;
+
+    Beside(const Turn *before, const Turn *after, const bf16 *panels, const bf16 *const *keys, int height, int dim, long stride)
+        : before(before), after(after), panels(panels), keys(keys), height(height), dim(dim), stride(stride),
+          n_adds(before ? before->pairs * (dim / TOGETHER) : 0), n_scores(after ? after->pairs : 0) {
+        look_ahead();
+    }
+    const bf16 *values() const {
+        return panels + (added / before->pairs * PAIRS + before->begin + added % before->pairs) * PART;
+    }
+    void look_ahead() {
+        if (added < n_adds) values_ahead = (const char *)values();
+        if (scored < n_scores) keys_ahead = (const char *)keys[2 * (after->begin + scored)];
+    }
+    __attribute__((always_inline)) void call() {
+        for (int line = 0; line < dim / WIDTH; line++, values_ahead += 64, keys_ahead += 64) {
+            __builtin_prefetch(values_ahead);
+            __builtin_prefetch(keys_ahead);
+        }
+    }
+    void add() {
+        const int at = added / before->pairs * TOGETHER, i = added % before->pairs;
+        if (!i) begin_sums(height, 2, before->state + at, stride);
+        add_values<0>(before->scores + (before->begin + i) * TOGETHER, height, values(), before->state + at, stride);
+        if (i + 1 == before->pairs) end_sums(2, before->state + at, stride);
+    }
+    void score() {
+        const int pair = after->begin + scored;
+        score_pages<2>(after->q, height, keys + 2 * pair, dim, after->scores + pair * TOGETHER);
+    }
+    // After `done` rows of `all`.
+    void go_on(int done, int all) {
+        for (const int end = n_adds * done / all; added < end; added++) add();
+        for (const int end = n_scores * done / all; scored < end; scored++) score();
+        look_ahead();
+    }
+};
+
 // A tile's rows over keys start ... stop - 1 of a segment, from nothing; q and state have room for whole tiles of AMX.
 void attend_dots(const Rows<bf16> &rows, const bf16 *q, int start, int stop, const Seen &seen, float *state) {
     const Plan &plan = rows.plan;
@@ -104,35 +158,47 @@ void attend_dots(const Rows<bf16> &rows, const bf16 *q, int start, int stop, con
     const int origin = start / SEGMENT * SEGMENT, first = start - origin, last = stop - origin;
     const int pages = (last - 1) / PAGE + 1;
     const long stride = plan.stride();
-    alignas(64) float scores[WIDTH * ACROSS];
     const bf16 *keys[PAGES], *values[PAGES];
     for (int p = first / TOGETHER * 2; p < (pages + 1) / 2 * 2; p++) {  // pairs
         const long here = rows.place(origin + std::min(p, pages - 1) * PAGE);
         keys[p] = rows.job.keys + here, values[p] = rows.job.values + here;
     }
-    if (n <= height) return attend_once(rows, q, keys, values, first, last, seen, origin, scores, state);
+    if (n <= height) return attend_once(rows, q, keys, values, first, last, seen, origin, state);
     alignas(64) bf16 panels[SEGMENT * MAX_DIM];
     pairs_seen(first, last, [&](int pair, auto whole, uint32_t set) {
-        const bf16 *a = values[2 * pair], *b = values[2 * pair + 1];
-        pair_values<whole>(a, b, set, dim, dim / WIDTH, panels + pair * TOGETHER * dim, [] {});
+        for (int at = 0; at < dim; at += TOGETHER)
+            pair_values<whole>(values[2 * pair] + at, values[2 * pair + 1] + at, set, dim, 2,
+                               panels + (at / TOGETHER * Beside::PAIRS + pair) * Beside::PART, [] {});
     });
-    for (int row = 0; row < n; row += height, q += height * dim, state += height * stride) {
-        const int mine = std::min(height, n - row), end = std::min(seen.ends[row + mine - 1] - origin, SEGMENT);
-        const int begin = std::max(seen.begins[row] - origin, 0) / TOGETHER, pairs = (end + TOGETHER - 1) / TOGETHER - begin;
-        if (pairs <= 0) continue;
-        const int base = begin * TOGETHER;
-        score_pages(q, height, keys, 2 * begin, (end + PAGE - 1) / PAGE, dim, scores);
-        for (int i = 0; i < mine; i++)
-            weigh_row(plan, seen, row + i, origin, base, pairs, scores + i * ACROSS, state + i * stride, [] {});
-        for (int i = mine; i < height; i++) std::fill_n(scores + i * ACROSS + base, pairs * TOGETHER, 0.0f);
-        for (int at = 0; at < dim; at += SUMS * WIDTH) {
-            const int many = std::min((dim - at) / WIDTH, SUMS);
-            begin_sums(height, many, state + at, stride);
-            for (int pair = begin; pair < begin + pairs; pair++)
-                add_values(scores + pair * TOGETHER, height, panels + pair * TOGETHER * dim + at * TOGETHER, many, state + at,
-                           stride);
-            end_sums(many, state + at, stride);
+    alignas(64) float scores[3][WIDTH * ACROSS];  // of as many turns at a time
+    Turn turns[3];
+    int n_turns = 0;
+    auto from = [&](int row) -> const Turn * {  // the first turn from there on that sees keys here
+        for (; row < n; row += height) {
+            const int mine = std::min(height, n - row), end = std::min(seen.ends[row + mine - 1] - origin, SEGMENT);
+            const int begin = std::max(seen.begins[row] - origin, 0) / TOGETHER, pairs = (end + TOGETHER - 1) / TOGETHER - begin;
+            if (pairs <= 0) continue;
+            const int i = n_turns++ % 3;
+            turns[i] = {row, mine, begin, pairs, q + row * dim, scores[i], state + row * stride};
+            return &turns[i];
         }
+        return nullptr;
+    };
+    const Turn *before = nullptr, *now = nullptr, *after = from(0);
+    while (before || now || after) {
+        Beside beside(before, after, panels, keys, height, dim, stride);
+        for (int i = 0; now && i < height; i++) {
+            float *here = now->scores + i * ACROSS;
+            if (i < now->mine)
+                weigh_row(plan, seen, now->row + i, origin, now->begin * TOGETHER, now->pairs, here, now->state + i * stride,
+                          [&] { beside.call(); });
+            else
+                std::fill_n(here + now->begin * TOGETHER, now->pairs * TOGETHER, 0.0f);
+            beside.go_on(i + 1, height);
+        }
+        beside.go_on(1, 1);
+        before = now, now = after;
+        after = now ? from(now->row + height) : nullptr;
     }
 }
 

@@ -103,20 +103,20 @@ INLINE void pair_values(const bf16 *a, const bf16 *b, uint32_t seen, int dim, in
 }
 
 // Sums [height][panels][16], rows `stride` apart, of up to SUMS panels: from nothing on, then those of one pair of pages after
-// another, by weights as weigh_pages leaves them; at the end they are in their place.
+// another, of panels FIRST and the next, by weights as weigh_pages leaves them; at the end they are in their place.
 INLINE void begin_sums(int height, int panels, float *sums, long stride) {
     if (has_tiles()) return clear_tiles();
     for (int row = 0; row < height; row++) std::fill_n(sums + row * stride, panels * WIDTH, 0.0f);
 }
-INLINE void add_values(const float *weights, int height, const bf16 *w, int panels, float *sums, long stride) {
+template <int FIRST> INLINE void add_values(const float *weights, int height, const bf16 *w, float *sums, long stride) {
     const bf16 *x = (const bf16 *)weights;
-    if (has_tiles()) return add_halves(x, ACROSS * 4, w, panels);
+    if (has_tiles()) return add_halves<FIRST>(x, ACROSS * 4, w);
     for (int row = 0; row < height; row++, x += 2 * ACROSS)
         for (int half = 0; half < 2; half++) {
             uint32_t words[TOGETHER];
             pair_up(x + half * TOGETHER, TOGETHER, TOGETHER, words);
-            for (int p = 0; p < panels; p++) {
-                float *here = sums + row * stride + p * WIDTH;
+            for (int p = 0; p < 2; p++) {
+                float *here = sums + row * stride + (FIRST + p) * WIDTH;
                 Lanes sum = load(here);
                 by_pairs<1, 1, false>(w + p * PANEL, 0, words, 0, TOGETHER, &sum, 1);
                 store(here, sum);

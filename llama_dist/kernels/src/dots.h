@@ -194,48 +194,45 @@ INLINE void by_tiles_of_rows(const bf16 *w, int64_t panel, Tiles x, int64_t heig
     written();
 }
 
-// Up to four panels by a tile of rows of x, k apart, from nothing: sums [rows][panel][16], rows `stride` apart.
-INLINE void tile_by_panels(const bf16 *x, const bf16 *const *w, int panels, int64_t k, float *sums, int64_t stride) {
+// N panels, one or two, by a tile of rows of x, k apart, from nothing: sums [rows][N][16], rows `stride` apart. Tiles 0 and 1 stay
+// as they are.
+template <int N> INLINE void tile_by_panels(const bf16 *x, const bf16 *const *w, int64_t k, float *sums, int64_t stride) {
     written();
-    clear_tiles();
+    _tile_zero(2);
+    if (N > 1) _tile_zero(3);
     for (int64_t at = 0; at < k; at += TOGETHER) {
         _tile_loadd(4, x + at, k * 2);
         _tile_loadd(6, w[0] + at * WIDTH, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        if (panels < 2) continue;
-        _tile_loadd(7, w[1] + at * WIDTH, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        if (panels < 3) continue;
-        _tile_loadd(6, w[2] + at * WIDTH, 64);
         _tile_dpbf16ps(2, 4, 6);
-        if (panels < 4) continue;
-        _tile_loadd(7, w[3] + at * WIDTH, 64);
+        if (N == 1) continue;
+        _tile_loadd(7, w[1] + at * WIDTH, 64);
         _tile_dpbf16ps(3, 4, 7);
     }
-    store_tiles(panels, sums, stride);
+    _tile_stored(2, sums, stride * 4);
+    if (N > 1) _tile_stored(3, sums + WIDTH, stride * 4);
+    written();
 }
 
-// To the tiles of sums of two or four panels, for numbers that are sums of two: x has 32 numbers of a row, `row_bytes` from the
-// next row's, first [32] then second [32]. The products of the first ones come first, then those of the second.
-INLINE void add_halves(const bf16 *x, int64_t row_bytes, const bf16 *w, int64_t panels) {
-    constexpr int PANEL = TOGETHER * WIDTH;
+// To the sums of tiles FIRST, 0 or 2, and the next, for numbers that are sums of two: x has 32 numbers of a row, `row_bytes` from
+// the next row's, first [32] then second [32]. The products of the first ones come first, then those of the second.
+template <int FIRST> INLINE void add_halves(const bf16 *x, int64_t row_bytes, const bf16 *w) {
     written();
     _tile_loadd(4, x, row_bytes);
-    _tile_loadd(5, x + TOGETHER, row_bytes);
     _tile_loadd(6, w, 64);
-    _tile_loadd(7, w + PANEL, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(0, 5, 6);
-    _tile_dpbf16ps(1, 5, 7);
-    if (panels < 4) return written();  // x and w may be written anew
-    _tile_loadd(6, w + 2 * PANEL, 64);
-    _tile_loadd(7, w + 3 * PANEL, 64);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_dpbf16ps(3, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-    written();
+    _tile_loadd(7, w + TOGETHER * WIDTH, 64);
+    _tile_loadd(5, x + TOGETHER, row_bytes);
+    if (FIRST) {
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_dpbf16ps(3, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    } else {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(0, 5, 6);
+        _tile_dpbf16ps(1, 5, 7);
+    }
+    written();  // x and w may be written anew
 }
 
 #else
@@ -245,7 +242,8 @@ inline void set_up_tiles(int64_t) {}
 inline void let_tiles_go() {}
 inline void clear_tiles() {}
 inline void store_tiles(int64_t, float *, int64_t) {}
-inline void add_halves(const bf16 *, int64_t, const bf16 *, int64_t) {}
+template <int> inline void tile_by_panels(const bf16 *, const bf16 *const *, int64_t, float *, int64_t) {}
+template <int> inline void add_halves(const bf16 *, int64_t, const bf16 *) {}
 
 #endif
 

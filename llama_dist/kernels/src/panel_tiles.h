@@ -18,10 +18,20 @@ struct Rest {
     const Lanes *sums = nullptr;
     int64_t plane = 0, planes = 0, part = 0, parts = 0, panels = 0, stride = 0;
     int64_t m = 0, n = 0, at = 0, end = 0;  // row and panel of the first; rows that are done, and all
+    bf16 *to = nullptr;                     // where row `at` goes if two panels become a line of y, as most do
 
     void some(int64_t rows) {
         const int64_t stop = std::min(end, at + rows);
-        if (at < stop) job->end == End::GATED ? gate(stop) : job->end == End::TOTAL ? add_up(stop) : put(stop);
+        if (!to) {
+            if (at < stop) job->end == End::GATED ? gate(stop) : job->end == End::TOTAL ? add_up(stop) : put(stop);
+            return;
+        }
+        for (; at < stop; at++, to += job->ldy) narrow(to, sums[at], sums[at + stride]);
+    }
+    void begin(int64_t first, int64_t rows) {
+        at = 0, end = rows, m = first;
+        const bool line = planes == 1 && panels == 2 && left() >= 2 * WIDTH && !job->y_f32 && !job->bias;
+        to = line && job->end == End::PLANES ? (bf16 *)job->y + place() : nullptr;
     }
 
   private:
@@ -121,8 +131,8 @@ template <int Q> void tiled(const Job &job, const Wide &x, int64_t n, int64_t pa
             if (!whole) mine.push(job.first + u);
         }
         rest.some(rest.end);
-        rest = {&job, mine.plane(0), mine.each, whole ? 1 : mine.size, Q * rows, parts, Q, rows};
-        rest.m = x.m + first * height, rest.n = n, rest.end = std::min(rows, x.rows - first * height);
+        rest = {&job, mine.plane(0), mine.each, whole ? 1 : mine.size, Q * rows, parts, Q, rows, 0, n};
+        rest.begin(x.m + first * height, std::min(rows, x.rows - first * height));
     }
 }
 
