@@ -1,4 +1,6 @@
-"""What all tests share: one thread a process, no network for transformers, tiny checkpoints saved once a session."""
+"""What all tests share: one thread a process, no network for transformers, no deadline for hypothesis's examples, tiny
+checkpoints saved once a session.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests import tiny
 
 torch.set_num_threads(1)
+# A busy machine may hold up any example.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 Saver = Callable[[str, str], Path]
 

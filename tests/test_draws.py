@@ -84,7 +84,7 @@ def test_they_are_the_samplers(draws: Draws, dtype: torch.dtype, spread: float) 
     min_p=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
     banned=st.sampled_from([0.0, 0.5, 0.98]),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_so_they_are_with_ties_and_bans(
     seed: int,
     vocab: int,

@@ -131,7 +131,7 @@ def test_every_pre_tokenizer(tmp_path: Path, pre: str) -> None:
     assert theirs.decode([tiny_tokenizer.N_WORDS, tiny_tokenizer.EOS], skip_special_tokens=True) == "<think>"
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data(), st.sampled_from(["smollm", "qwen2", "llama-bpe", "tekken"]))
 def test_any_text_gives_the_same_ids(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, pre: str) -> None:
     folder = tmp_path_factory.getbasetemp() / f"any-{pre}"

@@ -150,7 +150,7 @@ def test_largest_finds_the_edge(edge: int, most: int) -> None:
     assert largest(lambda n: n <= edge, most) == min(edge, most)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(configs(), st.integers(1, 5), st.integers(1, 40), st.integers(1, 3000), st.integers(0, 3 * 10**8))
 def test_what_is_recommended_fits_and_one_more_does_not(
     config: ModelConfig, n_ranks: int, batch: int, length: int, spare: int

@@ -42,7 +42,7 @@ def plain_nucleus(probs: list[float], top_p: float) -> list[int]:
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**20))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_noise_is_the_plain_hash(seed: int, position: int) -> None:
     ids = torch.tensor([0, 1, 2, 31999, 128255])
     got = gumbel(seed, position, ids).tolist()
@@ -57,7 +57,7 @@ def test_noise_of_a_token_does_not_depend_on_its_company() -> None:
 
 
 @given(st.integers(0, 10**6), st.sampled_from([5, 300, HEAD + 500]), st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.999]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_nucleus_is_the_plain_rule(seed: int, size: int, top_p: float) -> None:
     torch.manual_seed(seed)
     # coarse logits make many ties, also across the border of the head that is looked at first

@@ -59,7 +59,7 @@ def plain_shape(
     tokens,
     st.sets(token, max_size=2),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_penalties_biases_and_bans(
     logits: list[float], options: dict[str, Any], prompt: list[int], answer: list[int], stops: set[int]
 ) -> None:

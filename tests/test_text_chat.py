@@ -22,7 +22,7 @@ from tests import tiny_tokenizer
 from tests.assets import llama3_tokenizer, llama_models_path, mistral_tokenizer, smollm2_hf
 from tests.text_kinds import AWKWARD, KINDS, MISTRAL_V7, fallback_json, load_kind, prefix_json, tags_json, tricky_text
 
-QUICK = settings(max_examples=40, deadline=None)
+QUICK = settings(max_examples=40)
 
 LLAMA3_TEMPLATE = (
     "{% set ns = namespace(first=true) %}{% for message in messages %}{% set content = '<|start_header_id|>'"

@@ -28,7 +28,7 @@ def test_a_stop_string_is_found_across_tokens(checkpoint: Saver) -> None:
     tokenizer = load_tokenizer(checkpoint("llama-gqa", "hf"))
 
     @given(st.lists(st.integers(5, tiny_tokenizer.N_WORDS - 1), max_size=40), st.text("ab<é☃ e", max_size=20), WORDS)
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     def check(ids: list[int], text: str, stops: list[str]) -> None:
         ids = ids[:5] + tokenizer.encode(text, bos=False, eos=False) + ids[5:]
         matcher = StopMatcher(tokenizer, stops)

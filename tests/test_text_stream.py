@@ -10,7 +10,7 @@ from llama_dist.text.stream import TextStream
 from llama_dist.text.tokenizer import PieceTokenizer
 from tests.text_kinds import AWKWARD, KINDS, load_kind
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60)
 
 
 def streamed(tokenizer: PieceTokenizer, ids: list[int]) -> str:

@@ -35,7 +35,7 @@ from tests.text_kinds import (
     tricky_text,
 )
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60)
 
 
 def encode(tokenizer: PieceTokenizer, s: str) -> list[int]:
