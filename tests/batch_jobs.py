@@ -62,15 +62,29 @@ def eager() -> None:
 
 
 def killed(folder: str, source: str, output: str, flags: list[str], turn: int, rank: int, torn: bool) -> Done:
-    """As `batch`, but kill -9 takes `rank` when it writes for the `turn`-th time, half of it written if `torn`."""
+    """As `batch`, but kill -9 takes `rank` when it writes for the `turn`-th time, half of it written if `torn`.
+
+    Another replica writes once, which is waited for, and no more: there are lines for both, whoever is held up.
+    """
     eager()
+    path = Path(output)
+
+    def anything_written() -> bool:
+        return any(file.exists() and b"\n" in file.read_bytes() for file in [path, *outfile.parts_of(path)])
 
     def die(appender: outfile.Appender, data: bytes) -> None:
+        while not anything_written():
+            time.sleep(0.01)
         if torn:
             os.write(appender._fd, data[: len(data) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def stay(appender: outfile.Appender, data: bytes) -> None:
+        while True:  # until the other's death ends this rank too
+            time.sleep(1)
+
     _at_append(turn, rank, die)
+    _at_append(2, 1 - rank, stay)
     return batch(folder, source, output, flags)
 
 

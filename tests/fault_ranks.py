@@ -19,7 +19,8 @@ from tests.spmd import PRELOAD, free_port, rank_env
 @dataclass(frozen=True)
 class Fault:
     """What happens on `rank` at `tick`: kill, launcher (its parent is killed), stop, raise, memory, other, term, twice,
-    late (told to stop, and again where the others have left and it has not).
+    late (told to stop, and again where the others have left and it has not). `hold`: every rank stands still at `tick`
+    until there is a file `go`.
 
     `full`: no file may grow beyond so many bytes as `tick` says, from the start.
     """
@@ -27,6 +28,7 @@ class Fault:
     kind: str
     rank: int
     tick: int
+    go: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def plant(fault: Fault, mark: Path) -> None:
     strikes: list[bool] = []
 
     def act() -> None:
-        mark.touch()
+        if fault.kind != "twice":
+            mark.touch()
         if fault.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif fault.kind == "launcher":
@@ -75,9 +78,12 @@ def plant(fault: Fault, mark: Path) -> None:
         elif fault.kind in ("term", "late"):  # while the main thread is in the next collective, waiting for rank 0
             threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
         elif fault.kind == "twice":
-            mark.unlink()
             threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
             threading.Timer(0.5, lambda: (mark.touch(), os.kill(os.getpid(), signal.SIGTERM))).start()
+        elif fault.kind == "hold":
+            assert fault.go is not None
+            while not fault.go.exists():
+                time.sleep(0.01)
 
     def faulty_step(self: Engine, *args: Any) -> Any:
         strikes[:] = [True] if self.ticks == fault.tick else []
@@ -124,7 +130,7 @@ def _rank(env: dict[str, str], argv: Sequence[str], fault: Fault | None, log: st
     from llama_dist.__main__ import main
 
     torch.set_num_threads(1)
-    if fault is not None and int(env["RANK"]) == fault.rank:
+    if fault is not None and (fault.kind == "hold" or int(env["RANK"]) == fault.rank):
         plant(fault, Path(mark))
     code = main(argv)
     os._exit(code)

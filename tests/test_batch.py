@@ -308,7 +308,7 @@ def test_sigterm_under_torchrun(folder: str, whole: list[bytes], source: Path, t
     output = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "llama_dist"]
     command += ["batch", f"--ckpt_dir={folder}", f"--input_file={source}", f"--output_file={output}", *TINY]
-    env = {**os.environ, **paced(0.005)}
+    env = {**os.environ, **paced(0.05)}
     job = subprocess.Popen([*command, "--max_batch_size=1"], stderr=subprocess.PIPE, text=True, env=env)
     try:
         until = time.monotonic() + 60

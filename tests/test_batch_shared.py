@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +103,16 @@ def check_end(job: Job, whole: bytes) -> None:
 
 
 def test_one_killed_one_told_to_stop_one_late(tiny: str, tmp_path: Path, whole: bytes) -> None:
+    """The last stands still meanwhile with what it has taken, or it could be through before the others are struck."""
     job = Job(tiny, tmp_path)
+    go = tmp_path / "late" / "go"
     with ThreadPoolExecutor() as pool:
         killed = job.task(pool, "killed", Fault("kill", 0, 65))
         told = job.task(pool, "told", Fault("term", 0, 65))
         job.wait_for(1)
-        late = job.task(pool, "late")
+        late = job.task(pool, "late", Fault("hold", 0, 30, go))
+        wait([killed, told])
+        go.touch()
         ended = {name: task.result() for name, task in (("killed", killed), ("told", told), ("late", late))}
     assert ended["killed"].codes == [-signal.SIGKILL]
     assert ended["told"].codes == [75], ended["told"].log
@@ -119,14 +123,17 @@ def test_one_killed_one_told_to_stop_one_late(tiny: str, tmp_path: Path, whole: 
 
 
 def test_worlds_of_several_ranks_and_replicas(tiny: str, tmp_path: Path, whole: bytes) -> None:
-    """A task of two replicas beside one that is killed; each takes a part of the lines."""
+    """A task of two replicas beside one that is killed, for which they leave enough; each takes a part of the lines."""
     job = Job(tiny, tmp_path)
+    go = tmp_path / "replicas" / "go"
     with ThreadPoolExecutor() as pool:
         killed = job.task(pool, "killed", Fault("kill", 0, 65))
         job.argv.append("--model_parallel_size=1")
-        replicas = job.task(pool, "replicas", world=2)
+        replicas = job.task(pool, "replicas", Fault("hold", 0, 30, go), world=2)
+        wait([killed])
+        go.touch()
         ended = replicas.result()
-        assert killed.result().codes == [-signal.SIGKILL]
+    assert killed.result().codes == [-signal.SIGKILL]
     assert ended.codes == [0, 0], ended.log
     check_end(job, whole)
     (done,) = [state for name, state in job.states().items() if "task" in name and state == "completed"]

@@ -20,7 +20,7 @@ import pytest
 from llama_dist.errors import ConfigError
 from llama_dist.parallel.launch import Launch, read_launch
 from tests import kubelet, netns
-from tests.cluster_jobs import ROOT, Job, environment
+from tests.cluster_jobs import ROOT, Job, environment, paced
 from tests.conftest import Saver
 
 MANIFESTS = ("job.yaml", "job-torchrun.yaml", "leaderworkerset.yaml")
@@ -107,13 +107,14 @@ class Pods:
         env = self.pods[index].env
         return environment(**dict(zip(env, self._here(list(env.values()), index), strict=True)))
 
-    def start(self) -> list[subprocess.Popen[str]]:
+    def start(self, step_seconds: float = 0.0) -> list[subprocess.Popen[str]]:
         small = [f for f in self.job.flags if f.startswith(("--max_", "--dtype", "--device"))]
         started = []
         for i, pod in enumerate(self.pods):
             (self.job.folder / f"started-{i}").unlink(missing_ok=True)  # a new container has a /tmp of its own
             command = [*self._here(pod.command, i), *small]
-            started.append(self.nodes.start(i, command, self.log(i), self._env(i), append=False))
+            env = {**self._env(i), **paced(step_seconds)}
+            started.append(self.nodes.start(i, command, self.log(i), env, append=False))
         return started
 
     def log(self, index: int) -> Path:
@@ -169,7 +170,7 @@ def test_pods_are_preempted_and_finish(
     assert pods.probe("startupProbe", 0) and pods.probe("readinessProbe", 0)
     # from here on it is that of an attempt which was killed long ago
     os.utime(old, (1, 1))
-    started = pods.start()
+    started = pods.start(step_seconds=0.02)
     for i in (0, 1):
         assert not pods.probe("startupProbe", i), "the status of an earlier attempt counts as loaded"
         assert not pods.probe("livenessProbe", i), "a job that hangs counts as alive"

@@ -14,7 +14,7 @@ import pytest
 
 from llama_dist.parallel.network import address_towards, interface_between, interface_of, is_loopback
 from tests import netns
-from tests.cluster_jobs import ROOT, Job, environment, errors, texts
+from tests.cluster_jobs import ROOT, Job, environment, errors, paced, texts
 from tests.conftest import Saver
 
 SCRIPT = str(ROOT / "launch" / "multinode.sh")
@@ -44,11 +44,14 @@ def log(job: Job, node: int) -> Path:
     return job.folder / f"log-{node}"
 
 
-def launch(nodes: netns.Nodes, job: Job, ranks: dict[int, int], *words: str) -> list[subprocess.Popen[str]]:
+def launch(
+    nodes: netns.Nodes, job: Job, ranks: dict[int, int], *words: str, step_seconds: float = 0.0
+) -> list[subprocess.Popen[str]]:
     """The same line on every node of `ranks` (node: its number of ranks); logs start anew."""
     line = [SCRIPT, "--nnodes", str(len(ranks)), "--head", f"{HEAD}:29411", *words]
+    env = environment(**paced(step_seconds))
     return [
-        nodes.start(node, [*line, "--nproc_per_node", str(n), *job.flags], log(job, node), environment(), append=False)
+        nodes.start(node, [*line, "--nproc_per_node", str(n), *job.flags], log(job, node), env, append=False)
         for node, n in ranks.items()
     ]
 
@@ -73,7 +76,7 @@ def test_a_node_dies_and_the_job_is_finished(
 ) -> None:
     """Node 0 keeps torchrun's stores and rank 0. After the one death both nodes go on, after the other a single one."""
     job, other = Job(tiny, tmp_path), 1 - victim
-    running(job, launch(nodes, job, {0: 1, 1: 1}))
+    running(job, launch(nodes, job, {0: 1, 1: 1}, step_seconds=0.02))
     nodes.kill(victim)
     nodes.ended(other, within=15)
     (said,) = errors(log(job, other).read_text())
@@ -92,14 +95,15 @@ def test_a_cut_cable_ends_both_sides(nodes: netns.Nodes, tiny: Path, tmp_path: P
 
     Machines numbered by hand need torchrun's store no more once the ranks are up, so torchrun ends on both sides too.
     """
-    job = Job(tiny, tmp_path, 5)
+    job = Job(tiny, tmp_path, 8)
     started = []
     for node in (0, 1):
-        started += launch(nodes, job, {node: 1}, "--nnodes=2", *([f"--node_rank={node}"] if numbered else []))
+        words = ["--nnodes=2", *([f"--node_rank={node}"] if numbered else [])]
+        started += launch(nodes, job, {node: 1}, *words, step_seconds=0.02)
     running(job, started)
     nodes.cut(1)
     for node in (0, 1):
-        (nodes.ended if numbered else nodes.ranks_ended)(node, within=20)
+        (nodes.ended if numbered else nodes.ranks_ended)(node, within=30)
         (said,) = errors(log(job, node).read_text())
         assert re.search(rf"rank {1 - node} \(host node-{1 - node}, pid \d+\) does not answer", said), logs(job)
     assert job.status()["state"] == "failed"
@@ -112,8 +116,9 @@ def test_told_to_stop_and_finished_on_three_nodes(
 ) -> None:
     """SIGTERM to one node's script drains the job on both; four ranks on three nodes, one of them the head, finish."""
     job = Job(tiny, tmp_path)
-    started = [*launch(nodes, job, {0: 1}, "--nnodes=2", "--node_rank=0")]
-    started += launch(nodes, job, {1: 1}, "--nnodes=2", "--node_rank=1")
+    started = []
+    for node in (0, 1):
+        started += launch(nodes, job, {node: 1}, "--nnodes=2", f"--node_rank={node}", step_seconds=0.02)
     running(job, started)
     nodes.signal(1, "multinode.sh", signal.SIGTERM)
     assert codes(started) == [75, 75], logs(job)

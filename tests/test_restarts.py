@@ -51,7 +51,7 @@ def test_killed_ranks_are_started_again_and_finish(tiny: Path, tmp_path: Path, p
     log = tmp_path / "log"
     with log.open("w") as out:
         command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=2", "-m", "llama_dist", *job.flags]
-        process = subprocess.Popen(command, env=environment(**paced(0.005)), stdout=out, stderr=out)
+        process = subprocess.Popen(command, env=environment(**paced(0.01)), stdout=out, stderr=out)
     try:
         before = 0
         for attempt, victim in enumerate((1, 0)):
@@ -62,6 +62,9 @@ def test_killed_ranks_are_started_again_and_finish(tiny: Path, tmp_path: Path, p
             pid, count = ranks(process.pid)[victim]
             assert count == attempt
             os.kill(pid, signal.SIGKILL)
+            while any(count == attempt for _, count in ranks(process.pid).values()):  # the other may write still
+                assert time.monotonic() < until, log.read_text()
+                time.sleep(0.02)
             before = job.output.read_bytes().count(b"\n")
         assert process.wait(90) == 0, log.read_text()
     finally:
