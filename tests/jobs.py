@@ -168,13 +168,13 @@ def other_seed(folder: str) -> str:
 
 def slow_replica(folder: str) -> list[list[int]]:
     """Answers of a world whose replicas are done longer apart than the timeout."""
-    run = RunConfig(folder, max_seq_len=64, model_parallel_size=1, dtype="float32", device="cpu", timeout=2.0)
+    run = RunConfig(folder, max_seq_len=64, model_parallel_size=1, dtype="float32", device="cpu", timeout=8.0)
     llama = Llama(open_session(run))
     real = Engine.step
 
     def step(self: Engine, *args: Any) -> Any:
         if llama.session.world.replica == 1 and self.ticks == 1:
-            time.sleep(4)
+            time.sleep(10)
         return real(self, *args)
 
     Engine.step = step  # type: ignore[method-assign]

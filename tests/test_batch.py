@@ -226,7 +226,7 @@ def test_told_to_stop_while_it_loads(folder: str, source: Path, whole: list[byte
 
 def test_a_rank_slow_to_load_is_waited_for(folder: str, source: Path, whole: list[bytes], tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    done = run_ranks(2, slow_to_load, folder, str(source), str(output), ["--timeout=2"], 4.0)
+    done = run_ranks(2, slow_to_load, folder, str(source), str(output), ["--timeout=8"], 10.0)
     assert {d.code for d in done} == {0} and records_of(output) == whole
 
 

@@ -265,7 +265,7 @@ def test_control_tokens_in_a_message_stay_text(tokenizer: Tokenizer) -> None:
 @pytest.mark.spmd
 @pytest.mark.slow
 def test_a_human_may_take_longer_than_the_timeout(checkpoint: Saver) -> None:
-    """Two ranks whose collectives time out after 4 s, a terminal that is silent for 8, then a message and Ctrl-D."""
+    """Two ranks whose collectives time out after 10 s, a terminal that is silent for 12, then a message and Ctrl-D."""
     ours, theirs = pty.openpty()
     command = [
         sys.executable,
@@ -283,7 +283,7 @@ def test_a_human_may_take_longer_than_the_timeout(checkpoint: Saver) -> None:
         "--device",
         "cpu",
         "--timeout",
-        "2",
+        "10",
         "--max_gen_len",
         "3",
     ]

@@ -42,11 +42,11 @@ def test_the_likeliest_of_all_ranks(world: int, threads: int) -> None:
 
 @pytest.mark.parametrize("how", ["sum", "gather", "message", "program"])
 def test_a_rank_that_never_comes_is_named(how: str) -> None:
-    first, late, last = run_ranks(3, jobs.missing, how, 1.5, 1)
+    first, late, last = run_ranks(3, jobs.missing, how, 6.0, 1)
     assert late[0] == ""
     for kind, said, took in (first, last):
-        assert kind == "PeerLost" and "rank 1 did not come within 1.5 s" in said
-        assert 1.4 < took < 5
+        assert kind == "PeerLost" and "rank 1 did not come within 6 s" in said
+        assert 5.9 < took < 20
 
 
 def test_unlike_sizes_are_no_sum() -> None:
