@@ -25,7 +25,8 @@ from tests.spmd import PRELOAD, free_port, rank_env
 class Plant:
     """What is odd about `rank`. `stop` and `kill`: at the step `at`, when the ranks `after` have come; `clock`: `at`
     seconds ahead; `slow`: its product is larger; `version`: of torch; `deaf`: tells the others a port where nobody
-    listens; `late`: when they have begun; `hang`: it computes for ten minutes, of which it gives itself 3 s.
+    listens; `late`: when they have begun and before they are through; `hang`: it computes for ten minutes, of which it
+    gives itself 3 s.
     """
 
     kind: str
@@ -79,7 +80,12 @@ def _identify_as(**other: Any) -> None:
     here.identify = identify_otherwise  # type: ignore[assignment]
 
 
-def plant(what: Plant) -> None:
+def plant(what: Plant, rank: int) -> None:
+    """Put it into this process, which is that of `rank`."""
+    if what.kind == "late" and rank == 0:
+        _let_come(what.rank)
+    if rank != what.rank:
+        return
     from llama_dist.frontend.doctor import here
     from llama_dist.parallel import reach
     from llama_dist.parallel.roll import Roll
@@ -128,6 +134,20 @@ def plant(what: Plant) -> None:
         probe.time_pairs = lambda mesh, seconds: os.kill(os.getpid(), signal.SIGSTOP)  # type: ignore
 
 
+def _let_come(late: int) -> None:
+    """This rank does not look who is absent before the late one has come."""
+    from llama_dist.frontend.doctor.examination import Examination
+
+    look = Examination.look_for_absent
+
+    def look_then(self: Examination) -> None:
+        while not self.roll.is_told(f"here/{late}"):
+            time.sleep(0.01)
+        look(self)
+
+    Examination.look_for_absent = look_then  # type: ignore[method-assign]
+
+
 def _rank(env: dict[str, str], argv: Sequence[str], what: Plant | None, folder: str) -> None:
     os.environ.update(env)
     rank = int(env["RANK"])
@@ -139,8 +159,8 @@ def _rank(env: dict[str, str], argv: Sequence[str], what: Plant | None, folder: 
 
     torch.set_num_threads(1)
     calm()
-    if what is not None and rank == what.rank:
-        plant(what)
+    if what is not None:
+        plant(what, rank)
     code = main(argv)
     os._exit(code)
 
@@ -188,9 +208,7 @@ def main() -> int:
 
     calm()
     if "DOCTOR_PLANT" in os.environ:
-        what = Plant(*json.loads(os.environ["DOCTOR_PLANT"]))
-        if int(os.environ["RANK"]) == what.rank:
-            plant(what)
+        plant(Plant(*json.loads(os.environ["DOCTOR_PLANT"])), int(os.environ["RANK"]))
     return llama_dist(sys.argv[1:])
 
 

@@ -8,19 +8,22 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from llama_dist.parallel.probe import SIZES
+from llama_dist.parallel.reach import await_port
 from tests.conftest import Saver
 from tests.doctor_ranks import Plant, Ran, run_doctor
+from tests.spmd import free_port, rank_env
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = ["--device=cpu", "--json", "--timeout=10"]
-HASTY = ["--device=cpu", "--json", "--timeout=3"]
+HASTY = ["--device=cpu", "--json", "--timeout=6"]
 pytestmark = pytest.mark.spmd
 
 
@@ -65,7 +68,7 @@ def test_a_rank_that_never_comes(tmp_path: Path) -> None:
     ran = run_doctor(3, HASTY, tmp_path, start=[0, 2])
     assert ran.codes == {0: 1, 2: 1}
     assert ran.wrong() == {"missing": [1]}
-    assert text_of(ran, "missing").startswith("rank 1 of 3 never came in 3 s; heard of ranks 0, 2 (host ")
+    assert text_of(ran, "missing").startswith("rank 1 of 3 never came in 6 s; heard of ranks 0, 2 (host ")
     assert [(p["a"], p["b"]) for p in ran.report["pairs"]] == [(0, 2)]
 
 
@@ -78,7 +81,7 @@ def test_rank_0_never_comes(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_comes_late(tmp_path: Path) -> None:
-    ran = run_doctor(2, ["--device=cpu", "--json", "--timeout=1"], tmp_path, Plant("late", 1))
+    ran = run_doctor(2, HASTY, tmp_path, Plant("late", 1))
     assert ran.codes == {0: 1, 1: 1}
     assert ran.wrong() == {"late": [1]}, ran.report
 
@@ -108,7 +111,7 @@ def test_rank_0_has_a_bound_of_its_own(tmp_path: Path) -> None:
     ran = run_doctor(2, HASTY, tmp_path, Plant("hang", 0))
     assert ran.codes == {0: 1, 1: 1}
     (finding,) = [finding for finding in ran.report["findings"] if finding["wrong"]]
-    assert "did not come to its end: no end after 6 s" in finding["text"]
+    assert "did not come to its end: no end after 9 s" in finding["text"]
     assert len(ran.report["ranks"]) == 2 and len(ran.report["clocks"]) == 1
 
 
@@ -249,13 +252,16 @@ def test_a_rank_dies_under_torchrun(tmp_path: Path) -> None:
 
 def test_told_to_stop_while_it_waits(tmp_path: Path) -> None:
     """For a rank that does not come: the report comes all the same, and the exit code of the signal."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "0"}
+    port = free_port()
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **rank_env(0, 2, port)}
     command = [sys.executable, "-m", "llama_dist", "doctor", "--device=cpu", "--json", "--timeout=60"]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
-    assert started.stdout is not None
-    time.sleep(8)
+    await_port(("127.0.0.1", port), 60.0)
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60), wait_for_workers=False)
+    store.wait(["llama_dist/0/roll/here/0"])  # what it tells last before it waits
+    del store
     started.send_signal(signal.SIGTERM)
-    out, err = started.communicate(timeout=20)
+    out, err = started.communicate(timeout=60)
     assert started.returncode == 128 + signal.SIGTERM
     (finding,) = json.loads(out)["findings"]
     assert finding["finding"] == "interrupted" and "stopped by SIGTERM" in finding["text"]

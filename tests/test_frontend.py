@@ -142,13 +142,15 @@ def test_the_summary_does_not_count_an_echoed_prompt_as_new() -> None:
 
 def test_output_goes_quiet_when_its_reader_has_gone() -> None:
     code = (
-        "from llama_dist.frontend.output import Output\nimport time\nout = Output()\nout.write('first\\n')\n"
-        "time.sleep(0.5)\nfor _ in range(9): out.write('more\\n')\nraise SystemExit(out.exit_code)"
+        "from llama_dist.frontend.output import Output\nimport sys\nout = Output()\nout.write('first\\n')\n"
+        "sys.stdin.read()\nfor _ in range(9): out.write('more\\n')\nraise SystemExit(out.exit_code)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
-    assert process.stdout is not None and process.stderr is not None
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe, cwd=ROOT)
+    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == b"first\n"
     process.stdout.close()
+    process.stdin.close()  # which it waits for
     assert (process.wait(30), process.stderr.read()) == (PIPE_CLOSED, b"")
 
 
@@ -304,7 +306,7 @@ def test_a_human_may_take_longer_than_the_timeout(checkpoint: Saver) -> None:
         assert letter, f"ended early: {seen}"
         seen += letter
     assert "type a message, or /help" in seen
-    time.sleep(8)
+    time.sleep(12)
     assert process.poll() is None
     os.write(ours, b"hello\n")
     while (letter := process.stderr.read(1)) not in (">", ""):

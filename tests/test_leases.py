@@ -21,7 +21,7 @@ from llama_dist.frontend.batch.cards import counts, others_alive
 from llama_dist.frontend.batch.leases import Leases
 
 LIFE = 20  # blocks claimed by a process that is killed
-TIMEOUT = 60.0  # of tests that turn the clock by hand: no heartbeat comes by itself meanwhile
+TIMEOUT = 60.0  # longer than any stall; where the clock is turned by hand no heartbeat comes by itself meanwhile
 
 
 class Clock:
@@ -194,7 +194,7 @@ def test_a_dead_process_of_this_host_is_lost_at_once(folder: Path, clock: Clock)
     if child == 0:
         Leases(folder, "child", "part-c", TIMEOUT).claim("1")
         os._exit(0)
-    time.sleep(0.3)  # it is a zombie now, of whom nothing more comes
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # it is a zombie now, of whom nothing more comes
     mine = Leases(folder, "me", "part-m", TIMEOUT, clock=clock)
     mine.look()
     assert mine.claim("1") and mine.ended_parts() == ["part-c"]
@@ -256,7 +256,7 @@ def _work(folder: Path, log: Path, seed: int, blocks: int, dying: list[Path]) ->
     """Claim and finish blocks until all are done; whose log is in `dying` is killed as it holds its last of `LIFE`."""
     dice = random.Random(seed)
     names = [str(block) for block in range(blocks)]
-    leases = Leases(folder, f"task-{seed}", f"part-{seed}", 5.0)  # the dead are told by their process
+    leases = Leases(folder, f"task-{seed}", f"part-{seed}", TIMEOUT)  # the dead are told by their process
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     n = 0
     while True:
