@@ -72,7 +72,7 @@ def cuts(length: int, draw: random.Random) -> list[int]:
     return [0, *sorted(draw.sample(range(1, length), min(length - 1, draw.choice([1, 3, 9])))), length]
 
 
-@pytest.mark.parametrize(("window", "head_dim"), [(0, 20), (0, 32), (600, 64), (30, 16)])
+@pytest.mark.parametrize(("window", "head_dim"), [(0, 20), (0, 32), (600, 64), (30, 16), (600, 160)])
 @pytest.mark.parametrize("of_query", MAPS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_do_not_depend_on_neighbours_chunks_pages_threads_or_alignment(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import mmap
 from pathlib import Path
@@ -68,23 +69,49 @@ def test_large_pages_are_large() -> None:
     assert in_large_pages(found.fill_(1)) >= 2**21
 
 
-def resident() -> int:
-    """Bytes of this process that are there."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+def is_there(t: torch.Tensor) -> float:
+    """The share of a tensor's pages that are in memory (mincore)."""
+    start = t.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = t.data_ptr() + t.nbytes - start
+    found = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(size), found) == 0
+    return sum(page & 1 for page in found) / len(found)
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no way to ask what is there")
-def test_touched_memory_is_there_and_holds_what_it_held() -> None:
-    if build.library() is None:
-        pytest.skip("no C++ kernels")
-    size = 64 * 2**20
-    fresh = torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
-    before = resident()
+def populates() -> bool:
+    """Whether this kernel has MADV_POPULATE_WRITE (23)."""
+    page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    at = torch.frombuffer(page, dtype=torch.uint8).data_ptr()
+    return not ctypes.CDLL(None).madvise(ctypes.c_void_p(at), ctypes.c_size_t(mmap.PAGESIZE), 23)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_touched_memory_is_there_and_holds_what_it_held(threads: int) -> None:
+    if build.library() is None or not populates():
+        pytest.skip("no C++ kernels, or a kernel that cannot")
+    size, before = 64 * 2**20, torch.get_num_threads()
+    room_of_it = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    fresh = torch.frombuffer(room_of_it, dtype=torch.uint8)[100:-100]
     fresh[size // 3] = 7
-    assert resident() - before < size / 2
-    touch(fresh)
-    assert resident() - before > size * 0.9
-    assert fresh[size // 3] == 7 and fresh.count_nonzero() == 1
-    apart = torch.arange(2**21)[::2]
-    touch(apart)  # no one run of memory: left alone
-    assert bool((apart == torch.arange(0, 2**21, 2)).all())
+    assert is_there(fresh) < 0.5
+    torch.set_num_threads(threads)
+    try:
+        touch(fresh)
+        assert is_there(fresh) == 1
+        assert fresh[size // 3] == 7 and fresh.count_nonzero() == 1
+        apart = torch.arange(2**21)[::2]
+        touch(apart)  # no one run of memory: left alone
+        assert bool((apart == torch.arange(0, 2**21, 2)).all())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_touched_large_pages_are_large() -> None:
+    found = room.large_pages(64 * 2**20)
+    if found is None or build.library() is None or not populates():
+        pytest.skip("no large pages, no C++ kernels, or a kernel that cannot")
+    plain = room.large_pages(64 * 2**20)
+    assert plain is not None
+    large = in_large_pages(plain.fill_(1))
+    touch(found)
+    assert in_large_pages(found) >= large * 0.9

@@ -19,6 +19,9 @@ def _compiled() -> Any:
 
 
 def touch(memory: torch.Tensor) -> None:
-    """Have every page of a contiguous CPU tensor be there. What it holds stays; without the C++ kernels, nothing."""
+    """Have every page of a contiguous CPU tensor be there. What it holds stays.
+
+    Does nothing without the C++ kernels, or on Linux before 5.14: then a page comes when it is first written to.
+    """
     if memory.device.type == "cpu" and memory.nbytes >= LEAST and memory.is_contiguous() and _compiled() is not None:
         _compiled()(memory.data_ptr(), memory.nbytes, torch.get_num_threads())

@@ -113,11 +113,12 @@ struct Beside {
     int height, dim;
     long stride;
     int n_adds, n_scores, added = 0, scored = 0;
-    const char *values_ahead = nullptr, *keys_ahead = nullptr;
+    const char *values_ahead, *keys_ahead;
 
     Beside(const Turn *before, const Turn *after, const bf16 *panels, const bf16 *const *keys, int height, int dim, long stride)
         : before(before), after(after), panels(panels), keys(keys), height(height), dim(dim), stride(stride),
-          n_adds(before ? before->pairs * (dim / TOGETHER) : 0), n_scores(after ? after->pairs : 0) {
+          n_adds(before ? before->pairs * (dim / TOGETHER) : 0), n_scores(after ? after->pairs : 0),
+          values_ahead((const char *)panels), keys_ahead((const char *)panels) {
         look_ahead();
     }
     const bf16 *values() const {
