@@ -60,7 +60,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 OverTimeLimit=0
-KillWait=20
+KillWait=5
 GresTypes=gpu
 NodeName=127.0.0.2 Port={ports[0]} CPUs=8 RealMemory=1000 Gres=gpu:2
 NodeName=127.0.0.3 Port={ports[1]} CPUs=8 RealMemory=1000 Gres=gpu:2

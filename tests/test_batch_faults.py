@@ -7,7 +7,6 @@ import os
 import random
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -93,19 +92,17 @@ def test_killed_ten_times_and_finished(
 ) -> None:
     """kill -9 of one rank at ten random ticks, one after the other, of one job; the same world size to the end."""
     job = Job(tiny, tmp_path, lines(24))
-    dice, seconds = random.Random(world * 10 + rank), list[float]()
-    while len(seconds) < 10:
+    dice, kills = random.Random(world * 10 + rank), 0
+    while kills < 10:
         ended = job.run(world, Fault("kill", rank, dice.randint(0, 6)))
         if ended.codes == [0] * world:  # so little was left that the tick never came
             break
-        seconds.append(ended.seconds)
+        kills += 1
         assert ended.codes[rank] == -signal.SIGKILL
         assert [c for i, c in enumerate(ended.codes) if i != rank] == [1] * (world - 1), ended.log
-        assert ended.seconds < TIMEOUT
+        assert ended.seconds < 5
         assert len(ended.errors) == 1 and re.search(rf"rank {rank} \(host \S+, pid \d+\) died", ended.errors[0])
-    assert len(seconds) >= 4
-    # One may be held up by the machine.
-    assert statistics.median(seconds) < 5, seconds
+    assert kills >= 4
     ended = job.run(world)
     assert ended.codes == [0] * world, ended.log
     assert job.results() == whole[world]
@@ -209,14 +206,10 @@ def test_sigterm_of_any_rank_drains_the_job(tiny: str, tmp_path: Path, whole: di
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_second_sigterm_leaves_within_a_second(tiny: str, tmp_path: Path, rank: int) -> None:
     long = [{"custom_id": f"c{i}", "prompt": "to be", "max_tokens": 120, "ignore_eos": True} for i in range(9)]
-    for turn in range(3):  # what the machine holds up once is not slow by itself
-        (tmp_path / f"{turn}").mkdir()
-        job = Job(tiny, tmp_path / f"{turn}", long)
-        ended = job.run(2, Fault("twice", rank, 3))
-        assert ended.codes[rank] == 75, ended.log
-        if ended.victim_seconds < 1 and ended.seconds < 5:
-            break
-    assert ended.victim_seconds < 1 and ended.seconds < 5, ended.log
+    job = Job(tiny, tmp_path, long)
+    ended = job.run(2, Fault("twice", rank, 3))
+    assert ended.codes[rank] == 75 and ended.victim_seconds < 1, ended.log
+    assert ended.seconds < 5
     assert job.status()["state"] == "preempted"
     assert job.run(2).codes == [0, 0]
     assert len(job.results()) == 9
@@ -265,7 +258,7 @@ def test_torchrun_killed_and_resumed_under_torchrun(tiny: str, tmp_path: Path, w
         time.sleep(0.005)
     first.kill()
     first.wait()
-    until = time.monotonic() + 15
+    until = time.monotonic() + 5
     while orphans := subprocess.run(["pgrep", "-af", str(job.output)], capture_output=True, text=True).stdout:
         assert time.monotonic() < until, orphans
         time.sleep(0.05)

@@ -105,9 +105,7 @@ def test_what_reproducible_sums_cost(tmp_path: Path) -> None:
     assert code == 0 and data is not None
     figures = {(figure["name"], figure["size"]): figure["values"] for figure in data["figures"]}
     for key in (("reproducible decode", 1), ("reproducible decode", 64), ("reproducible prefill", 512)):
-        assert len(figures[key]) == 2 and min(figures[key]) > 0
-        # A stall of seconds within milliseconds of work spoils one of the two repeats.
-        assert any(0.01 < share < 100 for share in figures[key]), figures[key]
+        assert len(figures[key]) == 2 and all(0.01 < share < 100 for share in figures[key])
     assert "decode, batch 64, reproducible / ordinary" in text
 
 

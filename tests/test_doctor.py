@@ -261,7 +261,7 @@ def test_told_to_stop_while_it_waits(tmp_path: Path) -> None:
     store.wait(["llama_dist/0/roll/here/0"])  # what it tells last before it waits
     del store
     started.send_signal(signal.SIGTERM)
-    out, err = started.communicate(timeout=60)
+    out, err = started.communicate(timeout=20)
     assert started.returncode == 128 + signal.SIGTERM
     (finding,) = json.loads(out)["findings"]
     assert finding["finding"] == "interrupted" and "stopped by SIGTERM" in finding["text"]

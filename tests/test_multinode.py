@@ -103,7 +103,7 @@ def test_a_cut_cable_ends_both_sides(nodes: netns.Nodes, tiny: Path, tmp_path: P
     running(job, started)
     nodes.cut(1)
     for node in (0, 1):
-        (nodes.ended if numbered else nodes.ranks_ended)(node, within=30)
+        (nodes.ended if numbered else nodes.ranks_ended)(node, within=23)
         (said,) = errors(log(job, node).read_text())
         assert re.search(rf"rank {1 - node} \(host node-{1 - node}, pid \d+\) does not answer", said), logs(job)
     assert job.status()["state"] == "failed"

@@ -41,6 +41,8 @@ def fill_packed(weight: Packed, reader: Reader, name: str, place: Placement) -> 
     columns = stop - place.start if place.dim == 1 else weight.shape[1]
     done, waiting = 0, torch.empty(0, columns, dtype=dtype)
     step = max(1, NUMBERS // max(1, columns) // BLOCK) * BLOCK
+    for part in weight.parts:
+        touch(part)
 
     def put(rows: torch.Tensor) -> None:
         nonlocal done
@@ -80,8 +82,6 @@ def load(
         for name, (weight, place) in weights.items():
             if halted():
                 return
-            for part in weight.parts if isinstance(weight, Packed) else (weight,):
-                touch(part)
             if isinstance(weight, Packed):
                 tied = name not in reader.tensors  # the output, which is the embedding
                 fill_packed(weight, reader, "tok_embeddings.weight" if tied else name, place)
