@@ -70,6 +70,17 @@ def test_silu_is_exact_to_three_units() -> None:
     assert torch.equal(small.silu_mul(odd, torch.ones_like(odd)).nan_to_num(5), F.silu(odd).nan_to_num(5))
 
 
+def test_silu_of_every_bfloat16() -> None:
+    """Whatever it is computed by, it is the nearest or, seldom, the one beside it."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)[None]
+    found, true = small.silu_mul(x, torch.ones_like(x)), F.silu(x.double())
+    assert torch.equal(found.isnan(), true.isnan())
+    counts = true.isfinite() & (true.abs() > 2.0**-119)
+    assert steps(found[counts], true[counts]) < 0.51
+    assert (found[~counts & true.isfinite()].abs() <= 2.0**-119).all()
+    assert (found[true.isinf()] == float("inf")).all()
+
+
 def test_the_gate_rounds_silu_first() -> None:
     a, b = draws(9, 1000, dtype=torch.bfloat16), draws(9, 1000, dtype=torch.bfloat16, seed=1)
     once = (F.silu(a.float()) * b.float()).bfloat16()

@@ -39,8 +39,11 @@ SHAPES = (
     (520, 40, 600),
     (100, 50, 576),
     (150, 35, 2304),
+    (50, 200, 640),
+    (600, 70, 1024),
+    (33, 70, 1024),
 )
-"""Rows, columns, and what is summed."""
+"""Rows, columns, and what is summed. AMX takes many rows by up to four panels of sixteen columns, by slices of them."""
 NEEDS = {0: {"fma"}, 1: {"avx2", "fma"}, 2: {"avx512f", "avx512bw", "avx512vl", "avx512dq"}}
 
 
@@ -89,7 +92,7 @@ def test_an_entry_depends_on_its_row_and_column_alone(dtype: torch.dtype, m: int
             assert same_bits(product.linear(x, laid(w[part])), whole[:, part]), part
 
 
-@pytest.mark.parametrize(("unit", "n_units"), [(1, 9), (64, 9), (192, 8), (37, 5), (700, 3)])
+@pytest.mark.parametrize(("unit", "n_units"), [(1, 9), (64, 9), (192, 8), (37, 5), (700, 3), (1200, 2)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_units_are_summed_in_the_tree(dtype: torch.dtype, unit: int, n_units: int) -> None:
     w = draws(19, unit * n_units, dtype=dtype, seed=1)
@@ -104,6 +107,11 @@ def test_units_are_summed_in_the_tree(dtype: torch.dtype, unit: int, n_units: in
 
         for parts, whole in totals_of_runs(n_units, sums):
             assert same_bits(whole, true), (m, parts)
+        once = product.linear(x, held)
+        for i in (0, m // 2, m - 1):
+            assert same_bits(once[i : i + 1], product.linear(x[i : i + 1], held)), (m, i)
+        near = (x.double() @ w.double().T).to(dtype)
+        torch.testing.assert_close(once, near, rtol=2**-7 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize(("n", "unit", "n_units"), [(1, 1, 1), (16, 32, 1), (35, 37, 5), (50, 100, 2)])

@@ -15,18 +15,6 @@ constexpr int PAGES = SEGMENT / PAGE;
 constexpr int SUMS = 4;  // panels whose sums AMX holds at a time
 constexpr int PANEL = TOGETHER * WIDTH;
 
-// 2^x, within an ulp or two; the polynomial is for what x is above a whole number.
-INLINE __m512 power_of_two(__m512 x) {
-    const __m512 r = _mm512_reduce_ps(x, 1);
-    __m512 p = _mm512_set1_ps(0x1.e974fap-10f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.277856p-7f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.c91ce6p-5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.ebdb56p-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.62e4bap-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, x);
-}
-
 // call(pair, whole, seen) for the pairs of pages that hold keys from ... to - 1: whether all are among them, and which.
 template <class Call> INLINE void pairs_seen(int from, int to, Call call) {
     auto up_to = [](int n) { return n < TOGETHER ? (1u << n) - 1 : ~0u; };

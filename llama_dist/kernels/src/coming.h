@@ -1,10 +1,11 @@
-// Weights that a thread is to read next, called into the second cache while it waits for others: memory is idle then.
+// Weights that a thread is to read next, called into the second cache while it waits for others, when memory is idle, or by the
+// product that it does before.
 #pragma once
 
 #include <cstdint>
 
 struct Coming {
-    static constexpr int MOST = 4;
+    static constexpr int MOST = 8;
     static constexpr int64_t BYTES = 1 << 18;  // of all runs: what stays there beside what else is at work
 
     const char *at[MOST] = {};  // runs that are read side by side, and what is left of each

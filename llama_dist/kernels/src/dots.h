@@ -66,6 +66,18 @@ INLINE void pair_up(const bf16 *x, int64_t n, int64_t room, uint32_t *to) {
     }
 }
 
+// 2^x, within an ulp or two; the polynomial is for what x is above a whole number.
+INLINE __m512 power_of_two(__m512 x) {
+    const __m512 r = _mm512_reduce_ps(x, 1);
+    __m512 p = _mm512_set1_ps(0x1.e974fap-10f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.277856p-7f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.c91ce6p-5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.ebdb56p-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0x1.62e4bap-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, x);
+}
+
 // M rows of x, words as pair_up makes them, along k numbers of P panels, added to sums[panel * stride + row].
 template <int M, int P, bool CALL>
 INLINE void by_pairs(const bf16 *w, int64_t panel, const uint32_t *x, int64_t ldx, int64_t k, Lanes *sums, int64_t stride) {

@@ -276,20 +276,31 @@ bool team::in_tiles(int is_bf16, const Packed &w, int64_t m) {
     return TILES && is_bf16 && w.bits == 16 && m > WIDTH && has_tiles();
 }
 
-void team::total(const void *x, int64_t ldx, const Packed &w, void *y, int64_t ldy, int64_t m, int64_t n, int64_t first,
-                 int threads) {
-    by_tiles({true, x, ldx, w, nullptr, y, ldy, 0, false, m, n, first, End::TOTAL}, threads);
+Coming team::coming_tiles(const Packed &w, int64_t m, int64_t n, int64_t first, int64_t up, int t, int threads) {
+#if TILES
+    const End end = up ? End::GATED : End::PLANES;
+    const Job job{true, nullptr, 0, w, nullptr, nullptr, 0, 0, false, m, n, first, end, up / WIDTH};
+    return first_of(job, Deal(job, t, threads), 0);
+#else
+    return {};
+#endif
 }
 
-void team::gated(const void *x, int64_t ldx, const Packed &w, int64_t up, void *y, int64_t ldy, int64_t m, int64_t n, int threads) {
-    by_tiles({true, x, ldx, w, nullptr, y, ldy, 0, false, m, n, -1, End::GATED, up / WIDTH}, threads);
+void team::total(const void *x, int64_t ldx, const Packed &w, void *y, int64_t ldy, int64_t m, int64_t n, int64_t first,
+                 int threads, Coming *coming) {
+    by_tiles({true, x, ldx, w, nullptr, y, ldy, 0, false, m, n, first, End::TOTAL}, threads, coming);
+}
+
+void team::gated(const void *x, int64_t ldx, const Packed &w, int64_t up, void *y, int64_t ldy, int64_t m, int64_t n, int threads,
+                 Coming *coming) {
+    by_tiles({true, x, ldx, w, nullptr, y, ldy, 0, false, m, n, -1, End::GATED, up / WIDTH}, threads, coming);
 }
 
 void team::panels(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void *bias, void *y, int64_t ldy,
-                  int64_t plane, int y_f32, int64_t m, int64_t n, int64_t first, int threads) {
+                  int64_t plane, int y_f32, int64_t m, int64_t n, int64_t first, int threads, Coming *coming) {
     const Job job{is_bf16 != 0, x, ldx, w, bias, y, ldy, plane, y_f32 != 0, m, n, first};
     if (w.bits == E4M3) return run<e4m3>(job, threads);
-    if (in_tiles(is_bf16, w, m)) return by_tiles(job, threads);
+    if (in_tiles(is_bf16, w, m)) return by_tiles(job, threads, coming);
     is_bf16 ? run<bf16>(job, threads) : run<float>(job, threads);
 }
 

@@ -67,7 +67,7 @@ void run_one(const Op &op, const Step &step, const Plans &plans, int threads, in
         }
         case Op::PACKED:
             team::quantized(bf16s, p(0), v[1], *static_cast<const team::Packed *>(p(2)), p(3), p(4), v[5], v[6], int(v[7]),
-                            step.n, v[8], v[9], threads);
+                            step.n, v[8], v[9], threads, &coming);
             break;
         case Op::ROPE:
             team::rope_write(bf16s, p(0), v[1], p(2), v[3], p(4), v[5], step.cos, step.sin, step.angles, p(6), p(7),
@@ -111,31 +111,48 @@ void run_one(const Op &op, const Step &step, const Plans &plans, int threads, in
     }
 }
 
+// Whether the first operation is a product of many rows and the second takes all that it makes: these may be done as one.
+bool handed_on(const Op *ops, const Step &step, Op::Kind second) {
+    const int64_t *v = ops[0].v;
+    return ops[0].kind == Op::PACKED && ops[1].kind == second && ops[1].v[0] == v[4] && !v[3] &&
+           team::in_tiles(int(step.is_bf16), *reinterpret_cast<const team::Packed *>(v[2]), step.n);
+}
+
+// Where the second is the gate of what the first makes: from which row of W on those are that it is multiplied by; else 0.
+int64_t gate_of(const Op *ops, const Step &step) {
+    if (!handed_on(ops, step, Op::GATE) || ops[0].v[9] >= 0) return 0;
+    const int64_t up = (ops[1].v[2] - ops[1].v[0]) / int64_t(sizeof(bf16));
+    return up % WIDTH ? 0 : up;
+}
+
 // What this thread reads first of the product after operation `at`, whose number `at` becomes.
 Coming coming_after(const Op *ops, int64_t n_ops, const Step &step, int threads, int64_t &at) {
     do at++;
     while (at < n_ops && ops[at].kind != Op::PACKED);
-    if (at == n_ops || step.n > FEW) return {};
+    if (at == n_ops) return {};
     const int64_t *v = ops[at].v;
-    return team::coming(*reinterpret_cast<const team::Packed *>(v[2]), step.n, v[8], omp_get_thread_num(), threads);
+    const auto &w = *reinterpret_cast<const team::Packed *>(v[2]);
+    const int thread = omp_get_thread_num();
+    if (team::in_tiles(int(step.is_bf16), w, step.n)) {
+        const int64_t up = at + 1 < n_ops ? std::max<int64_t>(0, gate_of(ops + at, step)) : 0;
+        return team::coming_tiles(w, step.n, up ? ops[at + 1].v[5] : v[8], v[9], up, thread, threads);
+    }
+    return step.n > FEW ? Coming{} : team::coming(w, step.n, v[8], thread, threads);
 }
 
 // Whether the first two operations are done as one, which they are here: a product of many rows with the sum of its planes, or
 // with the gate. What the one hands to the other is not written then; nothing else may read it.
-bool run_two(const Op *ops, const Step &step, int threads) {
+bool run_two(const Op *ops, const Step &step, int threads, Coming &coming) {
     const int64_t *v = ops[0].v, *next = ops[1].v;
     auto p = [](int64_t at) { return reinterpret_cast<void *>(at); };
-    if (ops[0].kind != Op::PACKED || (ops[1].kind != Op::PLANES && ops[1].kind != Op::GATE)) return false;
-    const auto &w = *static_cast<const team::Packed *>(p(v[2]));
-    if (next[0] != v[4] || v[3] || !team::in_tiles(int(step.is_bf16), w, step.n)) return false;
-    if (ops[1].kind == Op::PLANES) {
-        team::total(p(v[0]), v[1], w, p(next[4]), next[5], step.n, v[8], v[9], threads);
+    auto w = [&]() -> const team::Packed & { return *static_cast<const team::Packed *>(p(v[2])); };
+    if (handed_on(ops, step, Op::PLANES)) {
+        team::total(p(v[0]), v[1], w(), p(next[4]), next[5], step.n, v[8], v[9], threads, &coming);
         return true;
     }
-    const int64_t up = (next[2] - next[0]) / int64_t(sizeof(bf16));  // rows of W
-    if (v[9] >= 0 || up % WIDTH) return false;
-    team::gated(p(v[0]), v[1], w, up, p(next[4]), next[5], step.n, next[5], threads);
-    return true;
+    const int64_t up = gate_of(ops, step);
+    if (up > 0) team::gated(p(v[0]), v[1], w(), up, p(next[4]), next[5], step.n, next[5], threads, &coming);
+    return up > 0;
 }
 
 }  // namespace
@@ -160,7 +177,7 @@ extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step
         for (int64_t i = 0, next = 0; i < n_ops; i++) {
             if (i >= next) coming = coming_after(ops, n_ops, *step, threads, next);
             const int64_t clock = ops[i].clock;
-            if (i + 1 < n_ops && run_two(ops + i, *step, threads))
+            if (i + 1 < n_ops && run_two(ops + i, *step, threads, coming))
                 i++;
             else
                 run_one(ops[i], *step, plans, threads, fault, coming);

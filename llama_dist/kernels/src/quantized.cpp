@@ -120,8 +120,8 @@ Coming team::coming(const Packed &w, int64_t m, int64_t n, int t, int threads) {
 }
 
 void team::quantized(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void *bias, void *y, int64_t ldy,
-                     int64_t plane, int y_f32, int64_t m, int64_t n, int64_t first, int threads) {
-    if (w.bits >= 16 || w.bits == E4M3) return panels(is_bf16, x, ldx, w, bias, y, ldy, plane, y_f32, m, n, first, threads);
+                     int64_t plane, int y_f32, int64_t m, int64_t n, int64_t first, int threads, Coming *coming) {
+    if (w.bits >= 16 || w.bits == E4M3) return panels(is_bf16, x, ldx, w, bias, y, ldy, plane, y_f32, m, n, first, threads, coming);
     const Job job{x, ldx, w, bias, y, ldy, plane, y_f32 != 0, m, n, first};
 #if PACKED_TILES
     if (is_bf16 && m >= FEWEST && w.n_units && has_tiles()) {

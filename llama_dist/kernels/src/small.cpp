@@ -50,9 +50,7 @@ void rotate(const T *from, const float *cos, const float *sin, T *to, long half)
 
 template <class T>
 void silu_mul_row(const T *a, const T *b, T *out, long dim) {
-    for (long i = 0; i < dim; i += WIDTH) {
-        store(out + i, gated<T>(load(a + i, dim - i), load(b + i, dim - i)), dim - i);
-    }
+    for (long i = 0; i < dim; i += WIDTH) put_gated(out + i, load(a + i, dim - i), load(b + i, dim - i), dim - i);
 }
 
 template <class F>

@@ -19,23 +19,28 @@ struct Packed {
     int64_t block_groups, block_units, unit, n_units;
 };
 
+// What is `coming` may be called in at the end.
 void quantized(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void *bias, void *y, int64_t ldy, int64_t plane,
-               int y_f32, int64_t m, int64_t n, int64_t first, int threads);
+               int y_f32, int64_t m, int64_t n, int64_t first, int threads, Coming *coming = nullptr);
 
 // The same of weights that are floats, as panels.cpp says: bits 16 or 32, those of x, without scales and factors, or E4M3.
 void panels(int is_bf16, const void *x, int64_t ldx, const Packed &w, const void *bias, void *y, int64_t ldy, int64_t plane,
-            int y_f32, int64_t m, int64_t n, int64_t first, int threads);
+            int y_f32, int64_t m, int64_t n, int64_t first, int threads, Coming *coming);
 
 // What thread t of `threads` reads first of the weights that a few rows are multiplied by: of any, and of panels.
 Coming coming(const Packed &w, int64_t m, int64_t n, int t, int threads);
 Coming coming_panels(const Packed &w, int64_t m, int64_t n, int t, int threads);
+// The same where products of m rows go by tiles, see below; `up` 0 where there is no gate.
+Coming coming_tiles(const Packed &w, int64_t m, int64_t n, int64_t first, int64_t up, int t, int threads);
 
 // Whether products of m rows go by tiles of AMX, which can end with more than sums: `total` with that of the tree over the units
 // number `first` and on, in x's type, bf16; `gated` with silu(a) b, [m, n], where a are the first n rows of W and b those from
 // row `up` on, a multiple of sixteen.
 bool in_tiles(int is_bf16, const Packed &w, int64_t m);
-void total(const void *x, int64_t ldx, const Packed &w, void *y, int64_t ldy, int64_t m, int64_t n, int64_t first, int threads);
-void gated(const void *x, int64_t ldx, const Packed &w, int64_t up, void *y, int64_t ldy, int64_t m, int64_t n, int threads);
+void total(const void *x, int64_t ldx, const Packed &w, void *y, int64_t ldy, int64_t m, int64_t n, int64_t first, int threads,
+           Coming *coming);
+void gated(const void *x, int64_t ldx, const Packed &w, int64_t up, void *y, int64_t ldy, int64_t m, int64_t n, int threads,
+           Coming *coming);
 
 // Rows of `groups` heads of `dim` numbers, tokens x_stride, y_stride and out_stride apart; total is packed. Without weight
 // there is only the sum.
