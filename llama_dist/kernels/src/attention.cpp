@@ -189,17 +189,32 @@ void finish(const Job<T> &job, const Asked &rows, const float *state) {
 constexpr int STATE = MOST_ROWS * (MAX_DIM + 2 * WIDTH);
 constexpr int QUERIES = std::max(ROWS * MAX_DIM, MOST_ROWS * MAX_DIM / 2);  // floats
 
+// What a thread remembers from one tile to the next: the height of AMX's tiles, once they are set up, and the tile or the piece
+// that it has called in.
+struct Thread {
+    int height = 0, called = -1;
+
+    // Whether `i` was not called in; what is `next` is while few rows are taken.
+    bool begins(const Asked &rows, int i, int next) {
+        const bool begins = i != called;
+        called = rows.tile.rows <= WIDTH ? next : -1;
+        return begins;
+    }
+};
+
 // All keys of tile t; after it the thread is likely to take tile `next`.
 template <class T>
-void attend_tile(const Job<T> &job, int t, int next, int &height) {
+void attend_tile(const Job<T> &job, int t, int next, Thread &thread) {
     const Plan::Tile &tile = job.plan.tiles[t], &after = job.plan.tiles[next];
     const Asked asked(job.plan, tile);
+    const bool begins = thread.begins(asked, t, next);
     alignas(64) float q[QUERIES], part[STATE], state[STATE];
-    queries(job, asked, q, height);
+    queries(job, asked, q, thread.height);
     const int first = asked.first_segment(), end = asked.end_segment();
     for (int s = first; s < end; s++) {
         const bool goes_on = s + 1 < end;
-        const Rows<T> rows(job, tile, goes_on ? tile : after, goes_on ? s + 1 : Asked(job.plan, after).first_segment());
+        const Rows<T> rows(job, tile, goes_on ? tile : after, goes_on ? s + 1 : Asked(job.plan, after).first_segment(),
+                           begins && s == first);
         attend_segment(rows, q, s, s == first ? state : part);
         if (s > first) merge(rows, s, part, state);
     }
@@ -208,13 +223,15 @@ void attend_tile(const Job<T> &job, int t, int next, int &height) {
 
 // The keys of piece i. Who ends a tile's last one merges them all, in order.
 template <class T>
-void attend_piece(const Job<T> &job, int i, int &height) {
+void attend_piece(const Job<T> &job, int i, Thread &thread) {
     const Plan &plan = job.plan;
-    const auto &piece = plan.pieces[i], &next = plan.pieces[std::min(i + plan.threads, int(plan.pieces.size()) - 1)];
-    const Rows<T> rows(job, plan.tiles[piece.tile], plan.tiles[next.tile], next.segment);
+    const int after = std::min(i + plan.threads, int(plan.pieces.size()) - 1);
+    const auto &piece = plan.pieces[i], &next = plan.pieces[after];
+    const Plan::Tile &tile = plan.tiles[piece.tile];
+    const Rows<T> rows(job, tile, plan.tiles[next.tile], next.segment, thread.begins(Asked(plan, tile), i, after));
     {
         alignas(64) float q[QUERIES];
-        queries(job, rows, q, height);
+        queries(job, rows, q, thread.height);
         attend_segment(rows, q, piece.segment, plan.states.get() + piece.state);
     }
     const int first = plan.first_piece[piece.tile], end = plan.first_piece[piece.tile + 1];
@@ -229,19 +246,19 @@ template <class T>
 void attend(const Job<T> &job) {
     const Plan &plan = job.plan;
     const int tiles = int(plan.tiles.size()), pieces = int(plan.pieces.size());
-    int height = 0;  // of AMX's tiles, once they are set up
+    Thread thread;
     if (pieces) {
 #pragma omp for schedule(dynamic) nowait
-        for (int i = 0; i < pieces; i++) attend_piece(job, i, height);
+        for (int i = 0; i < pieces; i++) attend_piece(job, i, thread);
     } else {
         const int together = std::max(1, std::min(8, tiles / (8 * plan.threads)));
 #pragma omp for schedule(dynamic, together) nowait
         for (int i = 0; i < tiles; i++) {  // the long ones first
             const int next = i + ((i + 1) % together ? 1 : 1 + (plan.threads - 1) * together);
-            attend_tile(job, tiles - 1 - i, tiles - 1 - std::min(next, tiles - 1), height);
+            attend_tile(job, tiles - 1 - i, tiles - 1 - std::min(next, tiles - 1), thread);
         }
     }
-    if (height) let_tiles_go();
+    if (thread.height) let_tiles_go();
 }
 
 // Few tiles over many keys are cut into pieces.

@@ -1,9 +1,8 @@
 // Attention by the instructions of dots.h: rows over the keys of a segment. Their scores, AMX's sums along the head, are all
 // there before the first is weighed, so a segment's sums are never brought to another greatest score.
 //
-// Several tiles of rows share the values, which are laid out once for them. One tile's rows read keys and values once, as they
-// come from memory: they are called into the cache a little before, in the order in which they are read, and what is laid out
-// of values is used while it is in the first cache.
+// Several tiles of rows share the values, which are laid out once for them. One tile's rows read keys and values once: those of
+// what is next are called into the second cache meanwhile, and what is laid out of values is used while it is in the first.
 #pragma once
 
 #include "attention_pairs.h"
@@ -12,25 +11,37 @@
 
 namespace {
 
-constexpr int LEAD = 4;  // pages that are called in before they are read
-constexpr int SOME = 2;  // lines at a time later on: with each page of keys more than a page is called in
+// What the work on a page's keys, on a row's scores of a pair of pages and on a key's values takes, relative to each other, for
+// as many numbers of the head as AMX's sums hold at a time.
+constexpr int BY_PAGE = 100, BY_ROW = 30, BY_KEY = 14;
 
-// Pages [16][dim] in the order in which they are read, called into the second cache line by line between other work: more at a
-// time than memory gives would stop it.
+// Pages [16][dim] that are read next, called into the second cache evenly while others are worked on, or at once. Several are
+// called in side by side, which is faster than one after another.
 struct Stream {
-    const bf16 *pages[2 * PAGES + LEAD];
-    const char *at = nullptr;
-    int n = 0, next = 0, left = 0, lines;  // lines left of a page before the next one
+    static constexpr int RUNS = 8;
+    const bf16 *pages[2 * PAGES];
+    const char *at[RUNS];
+    int n = 0, each = 0, runs = 0, page = 0, lines, left = 0;  // pages, of each run, and lines left of those that are called in
+    int work = 1, due = 0, total = 0;
 
     explicit Stream(int dim) : lines(PAGE * dim * int(sizeof(bf16)) / 64) {}
-    __attribute__((always_inline)) void call(int some) {
-        for (; some > 0; some--, left--, at += 64) {
-            if (!left) {
-                if (next == n) return;
-                at = (const char *)pages[next++], left = lines;
-            }
-            __builtin_prefetch(at, 0, 2);
+    void add(const bf16 *page) { pages[n++] = page; }
+    void begin(int all) {
+        each = (n + RUNS - 1) / RUNS, runs = each ? (n + each - 1) / each : 0, work = all, total = each * lines;
+    }
+    __attribute__((always_inline)) void call(int done) {
+        for (due += done * total; due >= work; due -= work) line();
+    }
+
+  private:
+    void line() {
+        if (!left) {
+            if (page == each) return;
+            for (int r = 0; r < runs; r++) at[r] = (const char *)pages[std::min(r * each + page, n - 1)];
+            page++, left = lines;
         }
+        for (int r = 0; r < runs; r++) __builtin_prefetch(at[r], 0, 2), at[r] += 64;
+        left--;
     }
 };
 
@@ -62,19 +73,24 @@ INLINE void attend_once(const Rows<bf16> &rows, const bf16 *q, const bf16 *const
     alignas(64) float scores[WIDTH * ACROSS];
     const int dim = rows.plan.dim, n = rows.tile.rows, base = first / TOGETHER * TOGETHER, pages = (end - 1) / PAGE + 1;
     const long stride = rows.plan.stride();
+    const int pairs = (end - base + TOGETHER - 1) / TOGETHER;
+    if (rows.begins) {
+        Stream own(dim);
+        std::for_each(keys + base / PAGE, keys + pages, [&](const bf16 *page) { own.add(page); });
+        std::for_each(values + base / PAGE, values + pages, [&](const bf16 *page) { own.add(page); });
+        own.begin(1), own.call(1);  // at once
+    }
     Stream stream(dim);
-    for (int p = base / PAGE; p < pages; p++) stream.pages[stream.n++] = keys[p];
-    stream.next = std::min(LEAD, stream.n);  // as many were called in before
-    for (int p = base / PAGE; p < pages; p++) stream.pages[stream.n++] = values[p];
-    for (int p = 0; p < LEAD; p++) stream.pages[stream.n++] = rows.job.keys + rows.next_place(p);
+    rows.next_pages([&](const bf16 *keys, const bf16 *) { stream.add(keys); });
+    rows.next_pages([&](const bf16 *, const bf16 *values) { stream.add(values); });
+    const int times = (dim + SUMS * WIDTH - 1) / (SUMS * WIDTH), by_page = BY_PAGE * dim / (SUMS * WIDTH);
+    stream.begin((pages - base / PAGE) * by_page + n * pairs * BY_ROW + (end - first) * BY_KEY * times);
     for (int p = base / PAGE; p < pages; p++) {
-        stream.call(stream.lines * 3 / 2);
+        stream.call(by_page);
         score_pages<1>(q, n, keys + p, dim, scores + p * PAGE);
     }
-    const int pairs = (end - base + TOGETHER - 1) / TOGETHER;
-    auto some = [&] { stream.call(SOME); };
     for (int i = 0; i < n; i++)
-        weigh_row(rows.plan, seen, i, origin, base, pairs, scores + i * ACROSS, state + i * stride, some);
+        weigh_row(rows.plan, seen, i, origin, base, pairs, scores + i * ACROSS, state + i * stride, [&] { stream.call(BY_ROW); });
     alignas(64) bf16 panels[2][SUMS * PANEL];
     for (int at = 0; at < dim; at += SUMS * WIDTH) {
         const int many = std::min((dim - at) / WIDTH, SUMS);
@@ -87,7 +103,7 @@ INLINE void attend_once(const Rows<bf16> &rows, const bf16 *q, const bf16 *const
         int before = -1;  // the pair that is laid out and not yet added: its lines are on their way to the cache
         pairs_seen(first, end, [&](int pair, auto whole, uint32_t set) {
             const bf16 *a = values[2 * pair] + at, *b = values[2 * pair + 1] + at;
-            pair_values<whole>(a, b, set, dim, many, panels[pair % 2], some);
+            pair_values<whole>(a, b, set, dim, many, panels[pair % 2], [&] { stream.call(2 * BY_KEY); });
             if (before >= 0) add(before);
             before = pair;
         });

@@ -100,21 +100,27 @@ struct Asked {
     int end_segment() const { return (tile.end - 1) / SEGMENT + 1; }
 };
 
-// The same in a layer; and what this thread is likely to read next, a tile's keys of a segment.
+// The same in a layer; and what this thread is likely to read next, a tile's keys of a segment. `begins`: it has not called
+// this tile's own into the cache.
 template <class T>
 struct Rows : Asked {
     const Job<T> &job;
     const Plan::Tile &next;
     int next_segment;
+    bool begins;
 
-    Rows(const Job<T> &job, const Plan::Tile &tile, const Plan::Tile &next, int next_segment)
-        : Asked(job.plan, tile), job(job), next(next), next_segment(next_segment) {}
+    Rows(const Job<T> &job, const Plan::Tile &tile, const Plan::Tile &next, int next_segment, bool begins)
+        : Asked(job.plan, tile), job(job), next(next), next_segment(next_segment), begins(begins) {}
     // Where in keys and values the page is that holds a position.
     long place(const Plan::Tile &tile, int position) const {
         const long page = plan.tables[long(tile.span) * plan.max_pages + position / PAGE];
         return (tile.kv_head * job.slots + page * PAGE) * plan.dim;
     }
     long place(int position) const { return place(tile, position); }
+    template <class Call> void next_pages(Call call) const {  // call(keys, values) for each page of what is next
+        const int from = std::max(next.begin, next_segment * SEGMENT), to = std::min(next.end, (next_segment + 1) * SEGMENT);
+        for (int at = from / PAGE * PAGE; at < to; at += PAGE) call(job.keys + place(next, at), job.values + place(next, at));
+    }
     long next_place(int p) const {  // of page `p` of what is next
         return place(next, std::min(std::max(next.begin, next_segment * SEGMENT) + p * PAGE, next.end - 1));
     }
