@@ -18,7 +18,16 @@ PACKED = ["test_kernels_lanes.py", "test_panels.py", "test_quantized.py"]
 KINDS = {
     "avx512_bf16": ("", ROWS + PACKED),
     "avx512": ("-DFIRST_AVX512", PACKED),
-    "amx": ("-DAMX", ["test_panels.py", "test_quantized.py", "test_program.py", "test_kernels_attention.py"]),
+    "amx": (
+        "-DAMX",
+        [
+            "test_panels.py",
+            "test_quantized.py",
+            "test_program.py",
+            "test_kernels_attention.py",
+            "test_kernels_small.py",
+        ],
+    ),
 }
 """By what the kernels call the processor: flags that make it so, and the tests of what is peculiar to it."""
 

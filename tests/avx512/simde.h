@@ -4,6 +4,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -115,9 +116,21 @@ inline __m512 above_whole(__m512 x, int) {
 inline __m512 scaled(__m512 x, __m512 y) {
     float a[16], b[16];
     memcpy(a, &x, 64), memcpy(b, &y, 64);
-    for (int i = 0; i < 16; i++) a[i] = b[i] < -1000 ? 0.0f : b[i] - b[i] == 0 ? ldexpf(a[i], int(floorf(b[i]))) : a[i] * b[i];
+    for (int i = 0; i < 16; i++) a[i] = b[i] < -1000 ? 0.0f : b[i] - b[i] == 0 ? ldexpf(a[i], int(floorf(std::min(b[i], 1000.0f)))) : a[i] * b[i];
     memcpy(&x, a, 64);
     return x;
+}
+
+// 1 / x to fourteen bits
+inline __m512 about_inverse(__m512 x) {
+    return each<16, float, float, __m512>(x, [](float v) {
+        const float inverse = 1 / v;
+        uint32_t bits;
+        memcpy(&bits, &inverse, 4);
+        bits &= ~0x1ffu;
+        memcpy(&v, &bits, 4);
+        return v;
+    });
 }
 
 inline __m256 half(__m512 x, int i) {
@@ -148,6 +161,7 @@ inline __m512i both_bf16(__m512 high, __m512 low) {
 #undef _mm512_extractf32x8_ps
 #define _mm512_extractf32x8_ps lanes_by_hand::half
 #define _mm512_reduce_ps lanes_by_hand::above_whole
+#define _mm512_rcp14_ps lanes_by_hand::about_inverse
 #undef _mm512_scalef_ps
 #define _mm512_scalef_ps lanes_by_hand::scaled
 #undef _mm512_dpbf16_ps
