@@ -19,7 +19,8 @@ INLINE Lanes exp(Lanes x) {
 }
 
 #if DOTS == 2
-// silu(a), to some tens of ulps of floats, -0 from about -87.3 on: where AMX makes the sums no other processor has their bits, so it may be faster.
+// silu(a), to some tens of ulps of floats, -0 from about -87.3 on. Where AMX makes the sums no other processor has their bits, so
+// this may be another, faster one.
 INLINE Lanes silu_beside_tiles(Lanes a) {
     const __m512 power = power_of_two(_mm512_mul_ps(a.v, _mm512_set1_ps(-1.4426950408889634f)));
     const __m512 below = _mm512_add_ps(power, _mm512_set1_ps(1.0f)), near = _mm512_rcp14_ps(below);
