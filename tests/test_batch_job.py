@@ -326,6 +326,26 @@ def test_another_processor_is_told_and_refused_where_the_same_bits_were_asked_fo
         assert "may differ in their last bits from those before: cpu B, was cpu A" in caplog.text
 
 
+@pytest.mark.parametrize("asked", [None, False])
+def test_a_reproducible_job_does_not_lose_its_promise_unsaid(
+    source: Path, output: Path, asked: bool | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By --noreproducible, or where the default is another: a machine without a compiler, a GPU."""
+    from llama_dist.frontend.batch import identity
+
+    monkeypatch.setattr(identity, "mode_of", lambda run, checked: "cpu A")
+    finish(source, output, reproducible=True)
+    monkeypatch.setattr(identity, "mode_of", lambda run, checked: None)
+    if asked is None:
+        release(opened(source, output))
+        assert "may differ in their last bits from those before: None, was cpu A" in caplog.text
+        return
+    with pytest.raises(ConfigError, match=r"numeric mode \(None, was cpu A\)"):
+        opened(source, output, reproducible=False)
+    release(opened(source, output, reproducible=False, force=True))
+    release(opened(source, output, reproducible=False))  # it promises nothing from now on
+
+
 def test_an_output_that_is_no_batch_jobs_is_left_alone(source: Path, output: Path) -> None:
     output.write_text("my thesis\n")
     for force in (False, True):

@@ -112,10 +112,11 @@ def system_fingerprint(mine: Fingerprint) -> str | None:
 def changes(mine: Fingerprint, before: Mapping[str, Any], reproducible: bool | None) -> list[str]:
     """What differs from an earlier run, a phrase each.
 
-    `reproducible` None: nobody asked for the same bits, so another numeric mode is told and does not count.
+    `reproducible` None: nobody asked for the same bits, so another numeric mode is told and does not count. A run that
+    promises no bits has none.
     """
     found = []
-    for name, value in mine.items():
+    for name, value in {"numeric mode": None, **mine}.items():
         old = before.get(name)
         if old == value:
             continue
