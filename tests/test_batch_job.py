@@ -338,9 +338,9 @@ def test_a_reproducible_job_does_not_lose_its_promise_unsaid(
     monkeypatch.setattr(identity, "mode_of", lambda run, checked: None)
     if asked is None:
         release(opened(source, output))
-        assert "may differ in their last bits from those before: None, was cpu A" in caplog.text
+        assert "may differ in their last bits from those before: none, as not reproducible, was cpu A" in caplog.text
         return
-    with pytest.raises(ConfigError, match=r"numeric mode \(None, was cpu A\)"):
+    with pytest.raises(ConfigError, match=r"numeric mode \(none, as not reproducible, was cpu A\)"):
         opened(source, output, reproducible=False)
     release(opened(source, output, reproducible=False, force=True))
     release(opened(source, output, reproducible=False))  # it promises nothing from now on

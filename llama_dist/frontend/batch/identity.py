@@ -109,14 +109,17 @@ def system_fingerprint(mine: Fingerprint) -> str | None:
     return "fp_" + hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
+NO_PROMISE = {"numeric mode": "none, as not reproducible"}
+
+
 def changes(mine: Fingerprint, before: Mapping[str, Any], reproducible: bool | None) -> list[str]:
     """What differs from an earlier run, a phrase each.
 
-    `reproducible` None: nobody asked for the same bits, so another numeric mode is told and does not count. A run that
-    promises no bits has none.
+    `reproducible` None: nobody asked for the same bits, so another numeric mode is told and does not count.
     """
     found = []
-    for name, value in {"numeric mode": None, **mine}.items():
+    before = {**NO_PROMISE, **before}
+    for name, value in {**NO_PROMISE, **mine}.items():
         old = before.get(name)
         if old == value:
             continue
