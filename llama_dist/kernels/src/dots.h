@@ -23,6 +23,7 @@
 #ifndef TILES  // 0 in a test: AMX's sums without it
 #define TILES (DOTS == 2)
 #endif
+#define BY_TILES (TILES || DOTS == 1)  // whether many rows may go by tiles
 
 #if TILES
 #include <sys/syscall.h>
@@ -36,6 +37,7 @@ namespace {
 constexpr int TOGETHER = 32;             // numbers along K that AMX takes at a time
 constexpr int64_t CALLED = 4096;         // bytes of weights called into the second cache before they are read
 constexpr int CHAINS = DOTS == 2 ? 2 : 1;  // sums of a row that run side by side, and words of x for a pair of numbers
+constexpr int64_t HEIGHT = DOTS == 2 ? 16 : 8;  // rows of a tile, at most
 
 // Two tiles of rows of bf16: rows are row_bytes apart, 32 numbers of each and the next ones `step` numbers.
 struct Tiles {
@@ -56,13 +58,15 @@ INLINE void narrow(bf16 *p, Lanes a, Lanes b) { _mm512_storeu_si512(p, (__m512i)
 
 // n numbers of x, then zeros up to `room`, as words that meet pairs of weights.
 INLINE void pair_up(const bf16 *x, int64_t n, int64_t room, uint32_t *to) {
+    if (CHAINS == 1) {
+        memcpy(to, x, n * sizeof *x);
+        std::fill_n((bf16 *)to + n, room - n, bf16{});
+        return;
+    }
     for (int64_t at = 0; at < room; at += 2, to += CHAINS) {
         uint32_t pair = 0;
         if (at < n) memcpy(&pair, x + at, at + 1 < n ? 4 : 2);
-        if (CHAINS == 1)
-            to[0] = pair;
-        else
-            to[0] = pair & 0xffffu, to[CHAINS - 1] = pair & 0xffff0000u;
+        to[0] = pair & 0xffffu, to[CHAINS - 1] = pair & 0xffff0000u;
     }
 }
 

@@ -18,10 +18,10 @@ INLINE Lanes exp(Lanes x) {
     return pick(all(88.37f) < x, all(INFINITY), y);
 }
 
-#if DOTS == 2
-// silu(a), to some tens of ulps of floats, -0 from about -87.3 on. Where AMX makes the sums no other processor has their bits, so
-// this may be another, faster one.
-INLINE Lanes silu_beside_tiles(Lanes a) {
+#if DOTS
+// silu(a), to some tens of ulps of floats, -0 from about -87.3 on. Where instructions for bf16 make the sums no other processor has their
+// bits, so this may be another, faster one.
+INLINE Lanes silu_fast(Lanes a) {
     const __m512 power = power_of_two(_mm512_mul_ps(a.v, _mm512_set1_ps(-1.4426950408889634f)));
     const __m512 below = _mm512_add_ps(power, _mm512_set1_ps(1.0f)), near = _mm512_rcp14_ps(below);
     // Past 2^126 a step towards the quotient has no numbers: there it is zero.
@@ -34,9 +34,9 @@ INLINE Lanes silu_beside_tiles(Lanes a) {
 // silu(a), rounded, times b: the first `left` of sixteen
 template <class T>
 INLINE void put_gated(T *to, Lanes a, Lanes b, int64_t left) {
-#if DOTS == 2
+#if DOTS
     if constexpr (sizeof(T) == 2) {
-        const Lanes v = narrowed(silu_beside_tiles(a)) * b;
+        const Lanes v = narrowed(silu_fast(a)) * b;
         return left >= WIDTH ? narrow(to, v) : store(to, v, left);
     }
 #endif

@@ -10,7 +10,8 @@
 namespace {
 
 constexpr int64_t GROUP = 32;      // a unit is filled up to whole groups with zeros
-constexpr int64_t FEW_PAIRED = 2;  // rows for which products of pairs are faster than tiles
+constexpr int64_t FEW_PAIRED = 2;    // rows for which products of pairs are faster than AMX
+constexpr int64_t FEW_BY_TILES = DOTS == 1 ? 6 : 16;  // rows that do not go by tiles
 template <class W>
 constexpr bool MULTIPLIED = DOTS && std::is_same_v<W, bf16>;  // by the instructions of dots.h
 
@@ -47,15 +48,19 @@ struct Wide {
     int64_t m = -1, rows = 0, room = 0;
     int64_t height = 0, direct = 0;  // rows of a tile, where they lie in tiles; how many tiles are x's own
 
-    template <class W> void take(const Job &job, int64_t from, int64_t to) {
+    template <class W> void take(const Job &job, int64_t from, int64_t to, bool tiles_too) {
         m = from, rows = room = to - from, height = direct = 0;
-        if (MULTIPLIED<W> && rows > FEW_PAIRED && has_tiles()) {
+#if DOTS
+        if (tiles_too) {
+            // AVX-512 is faster with what it takes together side by side.
             const bool whole_lines = (int64_t(job.x) | job.ldx * int64_t(sizeof(bf16))) % 64 == 0 && job.w.unit % GROUP == 0;
-            direct = whole_lines ? rows / (2 * WIDTH) * 2 : 0;
-            const int64_t tiles = (rows + WIDTH - 1) / WIDTH;
-            height = direct ? WIDTH : (rows + tiles - 1) / tiles, room = tiles * height;
+            direct = TILES && whole_lines ? rows / (2 * HEIGHT) * 2 : 0;
+            const int64_t tiles = (rows + HEIGHT - 1) / HEIGHT;
+            height = direct ? HEIGHT : (rows + tiles - 1) / tiles, room = tiles * height;
         }
-        const int64_t packed = m + direct * WIDTH, needed = ((room - direct * WIDTH) * job.numbers_a_row() + WIDTH - 1) / WIDTH;
+#endif
+        const int64_t kept = direct * height, packed = m + kept;
+        const int64_t needed = ((room - kept) * job.numbers_a_row() + WIDTH - 1) / WIDTH;
         if (int64_t(lines.size()) < needed) lines.resize(needed);
         if (height)
             in_tiles(job, packed);
@@ -71,8 +76,8 @@ struct Wide {
     Tiles tiles(const Job &job, int64_t t, int64_t at) const {
         const int64_t ldx = job.numbers_a_row();
         if (t < direct) {
-            const bf16 *x = (const bf16 *)job.x + (m + t * WIDTH) * job.ldx + at;
-            return {x, x + WIDTH * job.ldx, job.ldx * int64_t(sizeof(bf16)), GROUP};
+            const bf16 *x = (const bf16 *)job.x + (m + t * height) * job.ldx + at;
+            return {x, x + height * job.ldx, job.ldx * int64_t(sizeof(bf16)), GROUP};
         }
         const bf16 *x = as<bf16>() + ((t - direct) * ldx + at) * height;
         return {x, x + height * ldx, 64, height * GROUP};

@@ -4,12 +4,13 @@
 
 #include "gate.h"
 #include "panel_rows.h"
+#include "pair_tiles.h"
 
 namespace {
 
-#if TILES
+#if BY_TILES
 
-constexpr int64_t X_BLOCK = 1 << 20;  // bytes of rows of x that stay in the second cache
+constexpr int64_t X_BLOCK = DOTS == 2 ? 1 << 20 : 1 << 19;  // bytes of rows of x that stay in the second cache
 constexpr int64_t SHORT = 2048;       // numbers of two panels that stay near it while all rows go by
 constexpr int64_t NEAR = 1024;        // numbers of four panels of which the next ones stay there too
 constexpr int64_t FAR = 1024;         // numbers of panels that are longer, and of the next, that stay there
@@ -148,7 +149,7 @@ void tiled(const Job &job, const Wide &x, int64_t n, int64_t parts, Coming *comi
                     for (int64_t part = 0; part < parts; part++) {
                         auto meanwhile = [&] {
                             ahead.step();
-                            rest.some(some);
+                            if (TILES) rest.some(some);  // beside AMX
                         };
                         const bf16 *w = codes + part * next + at * WIDTH;
                         Lanes *here = sums + part * Q * rows + (t - first) * height;
@@ -224,7 +225,7 @@ inline void by_tiles(const Job &job, int threads, Coming *coming) {
         for (int64_t block = 0; block < deal.blocks; block++) {
             const int64_t end = deal.end(block);
             if (deal.begin(block) == end) continue;
-            x.take<bf16>(job, job.m * block / deal.blocks, job.m * (block + 1) / deal.blocks);
+            x.take<bf16>(job, job.m * block / deal.blocks, job.m * (block + 1) / deal.blocks, true);
             set_up_tiles(x.height);
             Coming more = first_of(job, deal, block + 1), *after = more.runs || !coming ? &more : coming;
             for (int64_t n = deal.begin(block), count; n < end; n += count) {

@@ -223,7 +223,8 @@ template <class W> void run(const Job &job, int threads) {
         for (int64_t at = all * t / threads, block = -1; at < end;) {
             if (at / panels != block) {
                 block = at / panels;
-                x.take<W>(job, job.m * block / blocks, job.m * (block + 1) / blocks);
+                const int64_t from = job.m * block / blocks, to = job.m * (block + 1) / blocks;
+                x.take<W>(job, from, to, MULTIPLIED<W> && to - from > FEW_PAIRED && has_tiles());
                 if (x.height) set_up_tiles(x.height);
             }
             const int64_t n = at % panels, count = std::min(end - at, panels - n);
@@ -273,11 +274,11 @@ Coming team::coming_panels(const Packed &w, int64_t m, int64_t n, int t, int thr
 }
 
 bool team::in_tiles(int is_bf16, const Packed &w, int64_t m) {
-    return TILES && is_bf16 && w.bits == 16 && m > WIDTH && has_tiles();
+    return BY_TILES && is_bf16 && w.bits == 16 && m > FEW_BY_TILES && (DOTS == 1 || has_tiles());
 }
 
 Coming team::coming_tiles(const Packed &w, int64_t m, int64_t n, int64_t first, int64_t up, int t, int threads) {
-#if TILES
+#if BY_TILES
     const End end = up ? End::GATED : End::PLANES;
     const Job job{true, nullptr, 0, w, nullptr, nullptr, 0, 0, false, m, n, first, end, up / WIDTH};
     return first_of(job, Deal(job, t, threads), 0);
