@@ -120,7 +120,7 @@ void attend_segment(const Rows<T> &rows, const float *q, int segment, float *sta
     const int chunks = plan.chunks(), n = rows.tile.rows;
     Seen seen(rows);
     const int start = std::max(segment * SEGMENT, rows.tile.begin), stop = std::min(rows.tile.end, (segment + 1) * SEGMENT);
-#if DOTS == 2
+#if DOTS
     if constexpr (sizeof(T) == 2)
         if (plan.dots()) return attend_dots(rows, (const T *)q, start, stop, seen, state);
 #endif

@@ -7,7 +7,7 @@
 
 #include "attention_pairs.h"
 
-#if DOTS == 2
+#if DOTS
 
 namespace {
 
@@ -48,6 +48,11 @@ struct Stream {
 // scores [height][N pages][16] of q [height][dim], dim a multiple of 32, and the pages, rows ACROSS apart.
 template <int N> INLINE void score_pages(const bf16 *q, int height, const bf16 *const *keys, int dim, float *scores) {
     if (has_tiles()) return tile_by_panels<N>(q, keys, dim, scores, ACROSS);
+#if DOTS == 1
+    return by_halves(height, [&](auto with, int row) {
+        rows_by_panels<decltype(with)::value, N>(keys, q + row * dim, dim * 2, dim, scores + row * ACROSS, ACROSS, true);
+    });
+#endif
     for (int row = 0; row < height; row++) {
         uint32_t words[MAX_DIM];
         pair_up(q + row * dim, dim, dim, words);
@@ -85,9 +90,10 @@ INLINE void attend_once(const Rows<bf16> &rows, const bf16 *q, const bf16 *const
     rows.next_pages([&](const bf16 *, const bf16 *values) { stream.add(values); });
     const int times = (dim + SUMS * WIDTH - 1) / (SUMS * WIDTH), by_page = BY_PAGE * dim / (SUMS * WIDTH);
     stream.begin((pages - base / PAGE) * by_page + n * pairs * BY_ROW + (end - first) * BY_KEY * times);
-    for (int p = base / PAGE; p < pages; p++) {
-        stream.call(by_page);
-        score_pages<1>(q, n, keys + p, dim, scores + p * PAGE);
+    constexpr int EACH = DOTS == 1 ? 2 : 1;  // more chains of products
+    for (int p = base / PAGE; p < pages; p += EACH) {
+        stream.call(EACH * by_page);
+        score_pages<EACH>(q, n, keys + p, dim, scores + p * PAGE);
     }
     for (int i = 0; i < n; i++)
         weigh_row(rows.plan, seen, i, origin, base, pairs, scores + i * ACROSS, state + i * stride, [&] { stream.call(BY_ROW); });

@@ -5,8 +5,9 @@
 #pragma once
 
 #include "attention_rows.h"
+#include "pair_tiles.h"
 
-#if DOTS == 2
+#if DOTS
 
 namespace {
 
@@ -99,6 +100,13 @@ INLINE void begin_sums(int height, int panels, float *sums, long stride) {
 template <int FIRST> INLINE void add_values(const float *weights, int height, const bf16 *w, float *sums, long stride) {
     const bf16 *x = (const bf16 *)weights;
     if (has_tiles()) return add_halves<FIRST>(x, ACROSS * 4, w);
+#if DOTS == 1
+    const bf16 *const panels[] = {w, w + PANEL};
+    return by_halves(height, [&](auto with, int row) {
+        rows_by_panels<decltype(with)::value, 2>(panels, x + row * 2 * ACROSS, ACROSS * 4, TOGETHER, sums + row * stride + FIRST * WIDTH,
+                                                 stride, false, 2);
+    });
+#endif
     for (int row = 0; row < height; row++, x += 2 * ACROSS)
         for (int half = 0; half < 2; half++) {
             uint32_t words[TOGETHER];

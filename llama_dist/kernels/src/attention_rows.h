@@ -50,7 +50,7 @@ struct team::Plan {
     std::unique_ptr<std::atomic<int>[]> done{};  // pieces of each tile; zeros between two layers
 
     // Whether products are taken by the instructions of dots.h; queries stay as they are then.
-    bool dots() const { return DOTS == 2 && is_bf16 && dim % 32 == 0; }
+    bool dots() const { return DOTS && is_bf16 && dim % 32 == 0; }
     int rows() const { return dots() ? MOST_ROWS : ROWS; }  // of a tile, at most
     int chunks() const { return (dim + WIDTH - 1) / WIDTH; }
     int stride() const { return (chunks() + 2) * WIDTH; }

@@ -60,6 +60,54 @@ INLINE void by_tiles_of_rows(const bf16 *w, int64_t panel, Tiles x, int64_t heig
     }
 }
 
+// call(M, row) for up to sixteen rows, as one or two groups of M.
+template <class Call> INLINE void by_halves(int rows, Call call) {
+    const int groups = (rows + HEIGHT - 1) / HEIGHT;
+    for (int g = 0, row = 0; g < groups; g++) {
+        const int end = rows * (g + 1) / groups;
+        switch (end - row) {
+            case 1: call(std::integral_constant<int, 1>{}, row); break;
+            case 2: call(std::integral_constant<int, 2>{}, row); break;
+            case 3: call(std::integral_constant<int, 3>{}, row); break;
+            case 4: call(std::integral_constant<int, 4>{}, row); break;
+            case 5: call(std::integral_constant<int, 5>{}, row); break;
+            case 6: call(std::integral_constant<int, 6>{}, row); break;
+            case 7: call(std::integral_constant<int, 7>{}, row); break;
+            default: call(std::integral_constant<int, 8>{}, row); break;
+        }
+        row = end;
+    }
+}
+
+// M rows of x, row_bytes apart, along k numbers by P panels: sums [M][P][16], rows `stride` apart, from nothing where they are
+// fresh. `times` more k numbers of each row follow the first ones, for the same panels.
+template <int M, int P>
+INLINE void rows_by_panels(const bf16 *const *w, const bf16 *x, int64_t row_bytes, int k, float *sums, long stride, bool fresh,
+                           int times = 1) {
+    __m512 s[M][P];
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+        for (int p = 0; p < P; p++) s[i][p] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * stride + p * WIDTH);
+    for (int t = 0; t < times; t++, x += k)
+#pragma GCC unroll 4
+        for (int at = 0; at < k; at += 2)
+#pragma GCC unroll 2
+            for (int p = 0; p < P; p++) {
+                const __m512bh panel = (__m512bh)_mm512_loadu_si512(w[p] + at * WIDTH);
+#pragma GCC unroll 8
+                for (int i = 0; i < M; i++) {
+                    int pair;
+                    memcpy(&pair, (const char *)(x + at) + i * row_bytes, sizeof pair);
+                    s[i][p] = _mm512_dpbf16_ps(s[i][p], panel, (__m512bh)_mm512_set1_epi32(pair));
+                }
+            }
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 2
+        for (int p = 0; p < P; p++) _mm512_storeu_ps(sums + i * stride + p * WIDTH, s[i][p]);
+}
+
 #endif
 
 }  // namespace
