@@ -103,8 +103,8 @@ template <int FIRST> INLINE void add_values(const float *weights, int height, co
 #if DOTS == 1
     const bf16 *const panels[] = {w, w + PANEL};
     return by_halves(height, [&](auto with, int row) {
-        rows_by_panels<decltype(with)::value, 2>(panels, x + row * 2 * ACROSS, ACROSS * 4, TOGETHER, sums + row * stride + FIRST * WIDTH,
-                                                 stride, false, 2);
+        float *here = sums + row * stride + FIRST * WIDTH;
+        rows_by_panels<decltype(with)::value, 2>(panels, x + row * 2 * ACROSS, ACROSS * 4, TOGETHER, here, stride, false, 2);
     });
 #endif
     for (int row = 0; row < height; row++, x += 2 * ACROSS)

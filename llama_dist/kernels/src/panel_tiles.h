@@ -1,19 +1,20 @@
-// Products of many rows with panels by AMX, see panels.cpp: two tiles of rows by two panels at a time. What becomes of the sums
-// is done row by row while the next ones are multiplied.
+// Products of many rows with panels by AMX, or by AVX-512's products of pairs, see panels.cpp: two tiles of rows by two panels at a
+// time. What becomes of the sums is done, row by row by AMX, while the next ones are multiplied.
 #pragma once
 
 #include "gate.h"
-#include "panel_rows.h"
 #include "pair_tiles.h"
+#include "panel_rows.h"
 
 namespace {
 
 #if BY_TILES
 
-constexpr int64_t X_BLOCK = DOTS == 2 ? 1 << 20 : 1 << 19;  // bytes of rows of x that stay in the second cache
+constexpr int64_t X_BLOCK = 1 << (TILES ? 20 : 19);  // bytes of rows of x that stay in the second cache
 constexpr int64_t SHORT = 2048;       // numbers of two panels that stay near it while all rows go by
 constexpr int64_t NEAR = 1024;        // numbers of four panels of which the next ones stay there too
 constexpr int64_t FAR = 1024;         // numbers of panels that are longer, and of the next, that stay there
+constexpr int64_t MANY = 32;          // rows for each thread, of which it takes its own
 constexpr int64_t SLICE = 288;        // numbers of two tiles of rows and of two panels that the first cache holds
 
 // Sums [plane][part][panel][stride] that are there, with what is still to be done: a part is what was multiplied at once.
@@ -175,19 +176,26 @@ void tiled(const Job &job, const Wide &x, int64_t n, int64_t parts, Coming *comi
     }
 }
 
-// How a product is dealt out: each thread takes its share of the panels, by all rows if there are panels for all threads. Thread
-// t multiplies block b of the rows by panels begin(b) ... end(b) - 1.
+// How a product is dealt out: each thread takes its share of the panels, by all rows if there are panels for all threads; or by
+// AVX-512, whose weights take little of the time if there are many rows, its share of the rows, by all panels. Thread t
+// multiplies block b of the rows, from row(b) on, by panels begin(b) ... end(b) - 1.
 struct Deal {
-    int64_t panels, pairs, blocks, from, to;
+    int64_t m, panels, pairs, blocks, from, to;
+    bool by_rows;
 
-    Deal(const Job &job, int64_t t, int64_t threads) {
+    Deal(const Job &job, int64_t t, int64_t threads) : m(job.m), by_rows(!TILES && m >= MANY * threads) {
         const int64_t fitting = X_BLOCK / int64_t(sizeof(bf16)) / job.numbers_a_row();
         const int64_t most = std::clamp<int64_t>(fitting, 4 * WIDTH, 32 * WIDTH) / (2 * WIDTH) * (2 * WIDTH);
-        panels = (job.n + WIDTH - 1) / WIDTH, pairs = (panels + 1) / 2, blocks = (job.m + most - 1) / most;
-        from = blocks * pairs * t / threads, to = blocks * pairs * (t + 1) / threads;
+        panels = (job.n + WIDTH - 1) / WIDTH, pairs = (panels + 1) / 2, blocks = (m + most - 1) / most;
+        if (by_rows) blocks = (blocks + threads - 1) / threads * threads;
+        const int64_t all = by_rows ? blocks : blocks * pairs;
+        from = all * t / threads, to = all * (t + 1) / threads;
     }
-    int64_t begin(int64_t block) const { return first(from, block); }
-    int64_t end(int64_t block) const { return first(to, block); }
+    int64_t row(int64_t block) const {  // by AVX-512 a tile's rows that are missing take time: none are but the last one's
+        return TILES ? m * block / blocks : std::min(m, (m + HEIGHT - 1) / HEIGHT * block / blocks * HEIGHT);
+    }
+    int64_t begin(int64_t block) const { return by_rows ? 0 : first(from, block); }
+    int64_t end(int64_t block) const { return !by_rows ? first(to, block) : block >= from && block < to ? panels : 0; }
 
   private:
     int64_t first(int64_t at, int64_t block) const {
@@ -225,7 +233,7 @@ inline void by_tiles(const Job &job, int threads, Coming *coming) {
         for (int64_t block = 0; block < deal.blocks; block++) {
             const int64_t end = deal.end(block);
             if (deal.begin(block) == end) continue;
-            x.take<bf16>(job, job.m * block / deal.blocks, job.m * (block + 1) / deal.blocks, true);
+            x.take<bf16>(job, deal.row(block), deal.row(block + 1), true);
             set_up_tiles(x.height);
             Coming more = first_of(job, deal, block + 1), *after = more.runs || !coming ? &more : coming;
             for (int64_t n = deal.begin(block), count; n < end; n += count) {
