@@ -15,6 +15,7 @@ constexpr int TILE = 6;           // rows of x whose sums are in registers
 constexpr int FEW_TILE = 4;       // the same where the weights that are taken apart need registers too
 template <class W>
 constexpr int64_t FEW = sizeof(W) == 1 ? 8 : 12;  // rows; for more of them a panel is widened first
+constexpr int64_t ONE_BY_ONE = 1024;  // numbers of panels that a row or two are multiplied by one after another (Zen 4)
 #if LANES == 2
 constexpr int AHEAD = 4096, KEEP = 2;  // bytes of weights called in before they are read, and which caches keep them
 #else
@@ -129,8 +130,9 @@ INLINE void multiplied(const Job &job, const Wide &x, int64_t ldx, int64_t at, c
     constexpr int MOST = P == 4 ? FEW_PAIRED : P == 2 && DOTS == 2 ? TILE / 2 : TILE;
     by_tiles(x.rows, MOST, [&](auto with, int64_t row, int64_t t, int64_t) {
         constexpr int M = std::min(decltype(with)::value, MOST);
-        t ? by_pairs<M, P, false>(w, panel, pairs + row * words, words, k, sums + row, x.room)
-          : by_pairs<M, P, true>(w, panel, pairs + row * words, words, k, sums + row, x.room);
+        t || (DOTS == 1 && M <= FEW_PAIRED)  // which are faster by what the processor calls in itself (Zen 4)
+            ? by_pairs<M, P, false>(w, panel, pairs + row * words, words, k, sums + row, x.room)
+            : by_pairs<M, P, true>(w, panel, pairs + row * words, words, k, sums + row, x.room);
     });
 }
 #endif
@@ -192,7 +194,8 @@ template <class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, 
 }
 
 // How many panels some rows are multiplied by at once, at most.
-template <class W> int64_t together(int64_t rows, bool tiles) {
+template <class W> int64_t together(const team::Packed &w, int64_t rows, bool tiles) {
+    if (MULTIPLIED<W> && DOTS == 1 && rows <= FEW_PAIRED) return w.block_groups * GROUP <= ONE_BY_ONE ? 1 : 2;
     if (tiles || rows <= (MULTIPLIED<W> ? FEW_PAIRED : 1)) return 4;
     return rows <= 3 || MULTIPLIED<W> ? 2 : 1;
 }
@@ -206,7 +209,7 @@ template <class W> void panels_from(const Job &job, const Wide &x, int64_t n, in
         for (int64_t i = 0; i < apart; i++) stripe<W, P>(job, x, n + i, apart, roots);
         n += apart * P, count -= apart * P;
     };
-    const int64_t most = together<W>(x.rows, x.height);
+    const int64_t most = together<W>(job.w, x.rows, x.height);
     if (most >= 4) runs(std::integral_constant<int, 4>{});
     if (most >= 2) runs(std::integral_constant<int, 2>{});
     runs(std::integral_constant<int, 1>{});
@@ -265,7 +268,7 @@ Coming team::coming_panels(const Packed &w, int64_t m, int64_t n, int t, int thr
     if (m > M_BLOCK || !count) return {};
     auto of = [&](auto type) {
         using W = decltype(type);
-        int64_t runs = together<W>(m, MULTIPLIED<W> && has_tiles());
+        int64_t runs = together<W>(w, m, MULTIPLIED<W> && has_tiles());
         while (runs > count) runs /= 2;
         const int64_t panel = w.block_groups * GROUP * WIDTH * int64_t(sizeof(W)), apart = count / runs * panel;
         return Coming::of((const char *)w.codes + first * panel, int(runs), apart, apart);
