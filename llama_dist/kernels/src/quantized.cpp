@@ -12,15 +12,19 @@ namespace {
 constexpr int64_t M_BLOCK = 64;     // rows of x that stay in the second cache while weights pass by
 // Bytes of weights called into the cache before M rows are multiplied by them, and in which. Where no more than some lines
 // can be on their way (Zen 3) a single row's are called in late and once; of several rows the next ones find them in the second
-// cache. Processors with AVX-512 (Granite Rapids) drop what is to pass by the outer caches, and like it early.
-#if LANES == 2
+// cache. Processors with AVX-512 (Granite Rapids) drop what is to pass by the outer caches, and like it early; without AMX (Zen 4)
+// they call in a single row's eight bits themselves, and like one block of W after another.
+#if DOTS == 1
+template <int BITS, int M> constexpr int AHEAD = BITS == 8 && M == 1 ? 0 : 4096;
+template <int BITS, int M> constexpr int KEEP = BITS == 8 ? 2 : 3;
+#elif LANES == 2
 template <int BITS, int M> constexpr int AHEAD = 4096;
-template <int M> constexpr int KEEP = 3;
+template <int BITS, int M> constexpr int KEEP = 3;
 #else
 template <int BITS, int M> constexpr int AHEAD = BITS == 8 && M == 1 ? 1024 : 2048;
-template <int M> constexpr int KEEP = M == 1 ? 0 : 3;
+template <int BITS, int M> constexpr int KEEP = M == 1 ? 0 : 3;
 #endif
-constexpr int TILE_M = 4, TILE_N = WHOLES == 2 ? 2 : 1;  // rows, and blocks of W, whose sums are in registers together
+constexpr int TILE_M = 4, TILE_N = WHOLES == 2 && DOTS != 1 ? 2 : 1;  // rows, and blocks of W, whose sums are in registers together
 
 // M rows, the first being number m of y and `row` of those rounded, by N blocks of W, from block n on.
 template <class T, int BITS, int M, int N>
@@ -50,7 +54,8 @@ void tile(const Job &job, const Rows &rows, int64_t m, int64_t row, int64_t n) {
             int of_x[M];
             for (int i = 0; i < M; i++) of_x[i] = x_sums[i * groups + g];
             for (int j = 0; j < N; j++)
-                for (int at = 0; at < CODES; at += 64) __builtin_prefetch(codes[j] + AHEAD<BITS, M> + at, 0, KEEP<M>);
+                for (int at = 0; AHEAD<BITS, M> && at < CODES; at += 64)
+                    __builtin_prefetch(codes[j] + AHEAD<BITS, M> + at, 0, KEEP<BITS, M>);
             multiply<BITS, M, N>(codes, x, of_x, sums);
             for (int j = 0; j < N; j++) {
                 const Lanes scale = lanes_of(scales[j]);
