@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,10 @@ def test_other_names_are_refused() -> None:
         RunConfig("x", quantization="int5")
 
 
-def perplexity(quantization: str | None) -> float:
+def perplexity(quantization: str | None, units: int) -> float:
     """Of the real model over the licence, 512 tokens at a time."""
     options = {"max_seq_len": 513, "max_batch_size": 1, "dtype": "bfloat16", "quantization": quantization}
+    options |= {"units": units}
     session = open_for(Ask(str(assets.smollm2_gguf()), [], 0, options))
     ids = session.tokenizer.encode(LICENCE.read_text(), bos=False, eos=False)
     pieces = [ids[start : start + 512] for start in range(0, len(ids), 512)]
@@ -119,9 +121,16 @@ def perplexity(quantization: str | None) -> float:
 @pytest.mark.slow
 @pytest.mark.spmd
 def test_perplexity_of_the_real_model() -> None:
-    """Its file is quantised itself (Q4_1, the embedding otherwise): int4 costs its layers less than it would others."""
-    kinds = (None, "int8", "int4", "fp8")
-    [whole], [int8], [int4], [fp8] = (run_ranks(1, perplexity, packing, timeout=250) for packing in kinds)
+    """Its file is quantised itself (Q4_1, the embedding otherwise): int4 costs its layers less than it would others.
+
+    How bfloat16 rounds moves a perplexity by 0.2 %: that of several orders of summing counts where the bound is near.
+    """
+
+    def over(quantization: str | None, *units: int) -> float:
+        found = [run_ranks(1, perplexity, quantization, n, timeout=250)[0] for n in units]
+        return statistics.geometric_mean(found)
+
+    whole, int8, int4, fp8 = over(None, 1, 2, 4, 8), over("int8", 1, 2, 4, 8), over("int4", 8), over("fp8", 8)
     assert 10 < whole < 25, "not the text that was meant"
     assert abs(int8 / whole - 1) < 0.005
     assert abs(int4 / whole - 1) < 0.03
