@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 ROWS = ["test_kernels_attention.py", "test_draws.py"]
 PACKED = ["test_kernels_lanes.py", "test_panels.py", "test_quantized.py"]
 KINDS = {
-    "avx512_bf16": ("", ROWS + PACKED),
+    "avx512_bf16": ("", ROWS + PACKED + ["test_kernels_small.py"]),
     "avx512": ("-DFIRST_AVX512", PACKED),
     "amx": (
         "-DAMX",

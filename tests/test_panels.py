@@ -43,7 +43,7 @@ SHAPES = (
     (600, 70, 1024),
     (33, 70, 1024),
 )
-"""Rows, columns, and what is summed. AMX takes many rows by up to four panels of sixteen columns, by slices of them."""
+"""Rows, columns, and what is summed. Many rows are taken by up to four panels of sixteen columns, by slices of them."""
 NEEDS = {0: {"fma"}, 1: {"avx2", "fma"}, 2: {"avx512f", "avx512bw", "avx512vl", "avx512dq"}}
 
 

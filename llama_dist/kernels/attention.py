@@ -75,8 +75,8 @@ def attend(
     of_query [heads] the KV head that a head reads, rising. These four are int32; tables, starts and lengths lie where
     the queries do, of_query on the CPU. With a window a query sees that many keys, itself the last.
 
-    In C++ and Triton a row's bits depend on its query, its keys and their number alone. If a page is not in the cache:
-    IndexError on a CPU, rows of NaN on a GPU, for which nobody waits here.
+    In C++ and Triton a row's bits depend on its query, its keys and their number alone, while all values are
+    finite. If a page is not in the cache: IndexError on a CPU, rows of NaN on a GPU, for which nobody waits here.
     """
     if not compiled_for(q):
         if _triton_for(q):

@@ -152,8 +152,9 @@ def rope_write_twin(
 def silu_mul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """silu(a) * b, both [n, dim] of any row stride, such as halves of one fused product; silu(a) is rounded first.
 
-    Where a is below -88.37 silu(a) is -0 (its true value lies above -4e-37), in bfloat16 on AMX below -87.33 (above
-    -1.1e-36); elsewhere, in float32, at most 3 ulp (units in the last place) from it.
+    Where a is below -88.37 silu(a) is -0 (its true value lies above -4e-37), in bfloat16 where a processor has
+    instructions for it below -87.33 (above -1.1e-36); elsewhere, in float32, at most 3 ulp (units in the last place)
+    from it.
     """
     if not compiled_for(a):
         if triton_here.serves(a):

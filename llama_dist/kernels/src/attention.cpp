@@ -3,7 +3,7 @@
 //
 // A score is one chain of products along the head, a value one along the keys. So a row's bits follow from its query, its
 // keys and their positions, however rows are tiled and dealt to threads. By the instructions of dots.h 512 keys are taken at
-// once (attention_dots.h), of which the same holds.
+// once (attention_dots.h), of which the same holds while all values are finite.
 #include "attention_dots.h"
 #include "attention_tiles.h"
 
@@ -157,7 +157,7 @@ void merge(const Asked &rows, int segment, const float *state, float *into) {
     }
 }
 
-// The tile's queries: floats [rows][chunks * 16], or for dots.h as they are [rows][dim], the last of AMX's tiles filled up; those
+// The tile's queries: floats [rows][chunks * 16], or for dots.h as they are [rows][dim], the last tile filled up; those
 // have `height` rows.
 template <class T>
 void queries(const Job<T> &job, const Asked &rows, float *q, int &height) {

@@ -1,4 +1,4 @@
-// Attention by the instructions of dots.h: rows over the keys of a segment. Their scores, AMX's sums along the head, are all
+// Attention by the instructions of dots.h: rows over the keys of a segment. Their scores, sums of these along the head, are all
 // there before the first is weighed, so a segment's sums are never brought to another greatest score.
 //
 // Several tiles of rows share the values, which are laid out once for them. One tile's rows read keys and values once: those of
@@ -90,7 +90,7 @@ INLINE void attend_once(const Rows<bf16> &rows, const bf16 *q, const bf16 *const
     rows.next_pages([&](const bf16 *, const bf16 *values) { stream.add(values); });
     const int times = (dim + SUMS * WIDTH - 1) / (SUMS * WIDTH), by_page = BY_PAGE * dim / (SUMS * WIDTH);
     stream.begin((pages - base / PAGE) * by_page + n * pairs * BY_ROW + (end - first) * BY_KEY * times);
-    constexpr int EACH = DOTS == 1 ? 2 : 1;  // more chains of products
+    constexpr int EACH = DOTS == 1 ? 2 : 1;  // pages at a time: more chains of products
     for (int p = base / PAGE; p < pages; p += EACH) {
         stream.call(EACH * by_page);
         score_pages<EACH>(q, n, keys + p, dim, scores + p * PAGE);
@@ -118,15 +118,15 @@ INLINE void attend_once(const Rows<bf16> &rows, const bf16 *q, const bf16 *const
     }
 }
 
-// A tile of AMX's rows over pairs of pages of a segment: its first row, how many are asked for, its pairs from `begin` on.
+// A tile of sixteen rows over pairs of pages of a segment: its first row, how many are asked for, its pairs from `begin` on.
 struct Turn {
     int row, mine, begin, pairs;
     const bf16 *q;
     float *scores, *state;
 };
 
-// What AMX does between the rows of a turn that are weighed, a part of it after each: the values of the turn before, two panels
-// of a pair at a time, and the scores of the turn after. What comes next is called into the first cache while a row is weighed.
+// What is multiplied between the rows of a turn that are weighed, a part of it after each: the values of the turn before, two
+// panels of a pair at a time, and the scores of the turn after. What comes next is called into the first cache while a row is weighed.
 struct Beside {
     static constexpr int PART = 2 * PANEL, PAIRS = PAGES / 2;
 
@@ -174,7 +174,7 @@ struct Beside {
     }
 };
 
-// A tile's rows over keys start ... stop - 1 of a segment, from nothing; q and state have room for whole tiles of AMX.
+// A tile's rows over keys start ... stop - 1 of a segment, from nothing; q and state have room for whole tiles.
 void attend_dots(const Rows<bf16> &rows, const bf16 *q, int start, int stop, const Seen &seen, float *state) {
     const Plan &plan = rows.plan;
     const int dim = plan.dim, n = rows.tile.rows, height = rows.height();

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int ACROSS = SEGMENT + WIDTH;  // floats from a row's scores to those of the next: no power of two
 constexpr int PAGES = SEGMENT / PAGE;
-constexpr int SUMS = 4;  // panels whose sums AMX holds at a time
+constexpr int SUMS = 4;  // panels whose sums are made together: AMX holds as many
 constexpr int PANEL = TOGETHER * WIDTH;
 
 // call(pair, whole, seen) for the pairs of pages that hold keys from ... to - 1: whether all are among them, and which.

@@ -34,7 +34,7 @@ namespace {
 
 #if DOTS
 
-constexpr int TOGETHER = 32;             // numbers along K that AMX takes at a time
+constexpr int TOGETHER = 32;             // numbers along K that AMX takes at a time, and a step of others
 constexpr int64_t CALLED = 4096;         // bytes of weights called into the second cache before they are read
 constexpr int CHAINS = DOTS == 2 ? 2 : 1;  // sums of a row that run side by side, and words of x for a pair of numbers
 constexpr int64_t HEIGHT = DOTS == 2 ? 16 : 8;  // rows of a tile, at most
@@ -60,7 +60,7 @@ INLINE void narrow(bf16 *p, Lanes a, Lanes b) { _mm512_storeu_si512(p, (__m512i)
 INLINE void pair_up(const bf16 *x, int64_t n, int64_t room, uint32_t *to) {
     if (CHAINS == 1) {
         memcpy(to, x, n * sizeof *x);
-        std::fill_n((bf16 *)to + n, room - n, bf16{});
+        memset((bf16 *)to + n, 0, (room - n) * sizeof *x);
         return;
     }
     for (int64_t at = 0; at < room; at += 2, to += CHAINS) {

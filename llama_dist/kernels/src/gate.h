@@ -19,11 +19,13 @@ INLINE Lanes exp(Lanes x) {
 }
 
 #if DOTS
-// silu(a), to some tens of ulps of floats, -0 from about -87.3 on. Where instructions for bf16 make the sums no other processor has their
-// bits, so this may be another, faster one.
+// silu(a), to some tens of ulps of floats, -0 from about -87.3 on. Where instructions for bf16 make the sums processors without
+// them have other bits anyway, so this may be another, faster one.
 INLINE Lanes silu_fast(Lanes a) {
     const __m512 power = power_of_two(_mm512_mul_ps(a.v, _mm512_set1_ps(-1.4426950408889634f)));
-    const __m512 below = _mm512_add_ps(power, _mm512_set1_ps(1.0f)), near = _mm512_rcp14_ps(below);
+    const __m512 below = _mm512_add_ps(power, _mm512_set1_ps(1.0f));
+    if (DOTS == 1) return {_mm512_div_ps(a.v, below)};  // of more than one maker, whose rcp14 differ
+    const __m512 near = _mm512_rcp14_ps(below);
     // Past 2^126 a step towards the quotient has no numbers: there it is zero.
     const __mmask16 counts = _mm512_cmp_ps_mask(below, _mm512_set1_ps(0x1p126f), _CMP_NGE_UQ);
     const __m512 off = _mm512_fnmadd_ps(below, near, _mm512_set1_ps(1.0f));

@@ -51,7 +51,7 @@ INLINE void by_tiles_of_rows(const bf16 *w, int64_t panel, Tiles x, int64_t heig
             tile_of_rows<decltype(with)::value, P>(w, panel, rows, x.row_bytes, x.step, k, R, r, meanwhile, sums + r * height,
                                                    stride, fresh);
         };
-        switch (height) {
+        switch (height) {  // of more than six rows, as even as can be
             case 5: run(std::integral_constant<int, 5>{}); break;
             case 6: run(std::integral_constant<int, 6>{}); break;
             case 7: run(std::integral_constant<int, 7>{}); break;

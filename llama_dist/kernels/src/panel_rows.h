@@ -10,8 +10,8 @@
 namespace {
 
 constexpr int64_t GROUP = 32;      // a unit is filled up to whole groups with zeros
-constexpr int64_t FEW_PAIRED = 2;    // rows for which products of pairs are faster than AMX
-constexpr int64_t FEW_BY_TILES = DOTS == 1 ? 6 : 16;  // rows that do not go by tiles
+constexpr int64_t FEW_PAIRED = 2;    // rows for which AMX is not faster, and others call in panels themselves
+constexpr int64_t FEW_BY_TILES = DOTS == 1 ? 6 : 16;  // rows that are not multiplied as in panel_tiles.h
 template <class W>
 constexpr bool MULTIPLIED = DOTS && std::is_same_v<W, bf16>;  // by the instructions of dots.h
 
@@ -42,7 +42,7 @@ struct Job {
 };
 
 // Rows m ... m + rows - 1 of x as they are multiplied, each unit filled up with zeros: floats, or what dots.h takes. Sums have
-// room for `room` rows. Tiles are taken from x itself, by pairs, as far as its rows fill them and begin with lines of the cache.
+// room for `room` rows. AMX takes tiles from x itself, by pairs, as far as its rows fill them and begin with lines of the cache.
 struct Wide {
     std::vector<Line> lines;
     int64_t m = -1, rows = 0, room = 0;
@@ -52,8 +52,8 @@ struct Wide {
         m = from, rows = room = to - from, height = direct = 0;
 #if DOTS
         if (tiles_too) {
-            // AVX-512 is faster with what it takes together side by side.
             const bool whole_lines = (int64_t(job.x) | job.ldx * int64_t(sizeof(bf16))) % 64 == 0 && job.w.unit % GROUP == 0;
+            // AVX-512 is faster with what it takes together side by side.
             direct = TILES && whole_lines ? rows / (2 * HEIGHT) * 2 : 0;
             const int64_t tiles = (rows + HEIGHT - 1) / HEIGHT;
             height = direct ? HEIGHT : (rows + tiles - 1) / tiles, room = tiles * height;

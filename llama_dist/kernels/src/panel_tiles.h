@@ -1,5 +1,5 @@
 // Products of many rows with panels by AMX, or by AVX-512's products of pairs, see panels.cpp: two tiles of rows by two panels at a
-// time. What becomes of the sums is done, row by row by AMX, while the next ones are multiplied.
+// time. What becomes of the sums is done by AMX row by row while the next ones are multiplied, by AVX-512 when these are there.
 #pragma once
 
 #include "gate.h"
@@ -129,7 +129,7 @@ void tiled(const Job &job, const Wide &x, int64_t n, int64_t parts, Coming *comi
         const bf16 *w[4];
         const int64_t there = from == ldx ? parts * next : from * WIDTH;
         for (int64_t i = 0; i < size; i++) w[i] = codes + i / Q * next + i % Q * apart + there;
-        const bool ends = from == ldx && coming;
+        const bool ends = from == ldx && coming && coming->runs == Coming::MOST;
         ahead.begin(ends ? *coming : side_by_side(w, size, k * WIDTH * 2), parts * pairs * (k / GROUP));
         if (ends) *coming = {};
     };

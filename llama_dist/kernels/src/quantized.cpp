@@ -12,8 +12,8 @@ namespace {
 constexpr int64_t M_BLOCK = 64;     // rows of x that stay in the second cache while weights pass by
 // Bytes of weights called into the cache before M rows are multiplied by them, and in which. Where no more than some lines
 // can be on their way (Zen 3) a single row's are called in late and once; of several rows the next ones find them in the second
-// cache. Processors with AVX-512 (Granite Rapids) drop what is to pass by the outer caches, and like it early; without AMX (Zen 4)
-// they call in a single row's eight bits themselves, and like one block of W after another.
+// cache. Processors with AVX-512 (Granite Rapids) drop what is to pass by the outer caches, and like it early; those with bf16 but
+// no AMX (Zen 4) call in a single row's eight bits themselves, and like one block of W after another.
 #if DOTS == 1
 template <int BITS, int M> constexpr int AHEAD = BITS == 8 && M == 1 ? 0 : 4096;
 template <int BITS, int M> constexpr int KEEP = BITS == 8 ? 2 : 3;
