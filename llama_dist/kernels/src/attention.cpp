@@ -157,7 +157,7 @@ void merge(const Asked &rows, int segment, const float *state, float *into) {
     }
 }
 
-// The tile's queries: floats [rows][chunks * 16], or for dots.h as they are [rows][dim], the last tile filled up; those
+// The tile's queries: floats [rows][chunks * 16], or for dots.h as they are [rows][dim], the last tile filled up; AMX's
 // have `height` rows.
 template <class T>
 void queries(const Job<T> &job, const Asked &rows, float *q, int &height) {

@@ -126,7 +126,8 @@ struct Turn {
 };
 
 // What is multiplied between the rows of a turn that are weighed, a part of it after each: the values of the turn before, two
-// panels of a pair at a time, and the scores of the turn after. What comes next is called into the first cache while a row is weighed.
+// panels of a pair at a time, and the scores of the turn after. What comes next is called into the first cache while a row is
+// weighed.
 struct Beside {
     static constexpr int PART = 2 * PANEL, PAIRS = PAGES / 2;
 

@@ -34,8 +34,8 @@ Coming coming_panels(const Packed &w, int64_t m, int64_t n, int t, int threads);
 Coming coming_tiles(const Packed &w, int64_t m, int64_t n, int64_t first, int64_t up, int t, int threads);
 
 // Whether products of m rows go by tiles (panel_tiles.h), which can end with more than sums: `total` with that of the tree over
-// the units number `first` and on, in x's type, bf16; `gated` with silu(a) b, [m, n], where a are the first n rows of W and b those from
-// row `up` on, a multiple of sixteen.
+// the units number `first` and on, in x's type, bf16; `gated` with silu(a) b, [m, n], where a are the first n rows of W and b
+// those from row `up` on, a multiple of sixteen.
 bool in_tiles(int is_bf16, const Packed &w, int64_t m);
 void total(const void *x, int64_t ldx, const Packed &w, void *y, int64_t ldy, int64_t m, int64_t n, int64_t first, int threads,
            Coming *coming);
