@@ -5,7 +5,7 @@
 // what is next are called into the second cache meanwhile, and what is laid out of values is used while it is in the first.
 #pragma once
 
-#include "attention_pairs.h"
+#include "attention_few.h"
 
 #if DOTS
 
@@ -49,8 +49,8 @@ struct Stream {
 template <int N> INLINE void score_pages(const bf16 *q, int height, const bf16 *const *keys, int dim, float *scores) {
     if (has_tiles()) return tile_by_panels<N>(q, keys, dim, scores, ACROSS);
 #if DOTS == 1
-    return by_halves(height, [&](auto with, int row) {
-        rows_by_panels<decltype(with)::value, N>(keys, q + row * dim, dim * 2, dim, scores + row * ACROSS, ACROSS, true);
+    return evenly(height, [&](auto with, int row) {
+        rows_by_panels<with, N>(keys, q + row * dim, dim * 2, dim, scores + row * ACROSS, ACROSS, true);
     });
 #endif
     for (int row = 0; row < height; row++) {
@@ -90,13 +90,19 @@ INLINE void attend_once(const Rows<bf16> &rows, const bf16 *q, const bf16 *const
     rows.next_pages([&](const bf16 *, const bf16 *values) { stream.add(values); });
     const int times = (dim + SUMS * WIDTH - 1) / (SUMS * WIDTH), by_page = BY_PAGE * dim / (SUMS * WIDTH);
     stream.begin((pages - base / PAGE) * by_page + n * pairs * BY_ROW + (end - first) * BY_KEY * times);
-    constexpr int EACH = DOTS == 1 ? 2 : 1;  // pages at a time: more chains of products
-    for (int p = base / PAGE; p < pages; p += EACH) {
-        stream.call(EACH * by_page);
-        score_pages<EACH>(q, n, keys + p, dim, scores + p * PAGE);
+#if DOTS == 1
+    score_few(q, n, keys, base / PAGE, (pages + 1) / 2 * 2, dim, scores, [&](int pages) { stream.call(pages * by_page); });
+#else
+    for (int p = base / PAGE; p < pages; p++) {
+        stream.call(by_page);
+        score_pages<1>(q, n, keys + p, dim, scores + p * PAGE);
     }
+#endif
     for (int i = 0; i < n; i++)
         weigh_row(rows.plan, seen, i, origin, base, pairs, scores + i * ACROSS, state + i * stride, [&] { stream.call(BY_ROW); });
+#if DOTS == 1
+    sum_few(scores, n, values, first, end, dim, state, stride, [&] { stream.call(2 * BY_KEY); });
+#else
     alignas(64) bf16 panels[2][SUMS * PANEL];
     for (int at = 0; at < dim; at += SUMS * WIDTH) {
         const int many = std::min((dim - at) / WIDTH, SUMS);
@@ -116,6 +122,7 @@ INLINE void attend_once(const Rows<bf16> &rows, const bf16 *q, const bf16 *const
         add(before);
         end_sums(many, sums, stride);
     }
+#endif
 }
 
 // A tile of sixteen rows over pairs of pages of a segment: its first row, how many are asked for, its pairs from `begin` on.

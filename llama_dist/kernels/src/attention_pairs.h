@@ -102,9 +102,9 @@ template <int FIRST> INLINE void add_values(const float *weights, int height, co
     if (has_tiles()) return add_halves<FIRST>(x, ACROSS * 4, w);
 #if DOTS == 1
     const bf16 *const panels[] = {w, w + PANEL};
-    return by_halves(height, [&](auto with, int row) {
+    return evenly(height, [&](auto with, int row) {
         float *here = sums + row * stride + FIRST * WIDTH;
-        rows_by_panels<decltype(with)::value, 2>(panels, x + row * 2 * ACROSS, ACROSS * 4, TOGETHER, here, stride, false, 2);
+        rows_by_panels<with, 2>(panels, x + row * 2 * ACROSS, ACROSS * 4, TOGETHER, here, stride, false, 2);
     });
 #endif
     for (int row = 0; row < height; row++, x += 2 * ACROSS)

@@ -60,22 +60,24 @@ INLINE void by_tiles_of_rows(const bf16 *w, int64_t panel, Tiles x, int64_t heig
     }
 }
 
-// call(M, row) for up to sixteen rows, as one or two groups of M.
-template <class Call> INLINE void by_halves(int rows, Call call) {
-    const int groups = (rows + HEIGHT - 1) / HEIGHT;
-    for (int g = 0, row = 0; g < groups; g++) {
-        const int end = rows * (g + 1) / groups;
+// call(M, row) for up to sixteen rows, in groups of M, as even as can be and at most MOST.
+template <int MOST = HEIGHT, class Call> INLINE void evenly(int rows, Call call) {
+    const int groups = (rows + MOST - 1) / MOST;
+    for (int g = 0, row = 0, end; g < groups; g++, row = end) {
+        end = rows * (g + 1) / groups;
+        auto run = [&](auto with) {
+            if constexpr (with <= MOST) call(with, row);
+        };
         switch (end - row) {
-            case 1: call(std::integral_constant<int, 1>{}, row); break;
-            case 2: call(std::integral_constant<int, 2>{}, row); break;
-            case 3: call(std::integral_constant<int, 3>{}, row); break;
-            case 4: call(std::integral_constant<int, 4>{}, row); break;
-            case 5: call(std::integral_constant<int, 5>{}, row); break;
-            case 6: call(std::integral_constant<int, 6>{}, row); break;
-            case 7: call(std::integral_constant<int, 7>{}, row); break;
-            default: call(std::integral_constant<int, 8>{}, row); break;
+            case 1: run(std::integral_constant<int, 1>{}); break;
+            case 2: run(std::integral_constant<int, 2>{}); break;
+            case 3: run(std::integral_constant<int, 3>{}); break;
+            case 4: run(std::integral_constant<int, 4>{}); break;
+            case 5: run(std::integral_constant<int, 5>{}); break;
+            case 6: run(std::integral_constant<int, 6>{}); break;
+            case 7: run(std::integral_constant<int, 7>{}); break;
+            default: run(std::integral_constant<int, 8>{}); break;
         }
-        row = end;
     }
 }
 
@@ -87,12 +89,12 @@ INLINE void rows_by_panels(const bf16 *const *w, const bf16 *x, int64_t row_byte
     __m512 s[M][P];
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int p = 0; p < P; p++) s[i][p] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * stride + p * WIDTH);
     for (int t = 0; t < times; t++, x += k)
 #pragma GCC unroll 4
         for (int at = 0; at < k; at += 2)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int p = 0; p < P; p++) {
                 const __m512bh panel = (__m512bh)_mm512_loadu_si512(w[p] + at * WIDTH);
 #pragma GCC unroll 8
@@ -104,7 +106,7 @@ INLINE void rows_by_panels(const bf16 *const *w, const bf16 *x, int64_t row_byte
             }
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int p = 0; p < P; p++) _mm512_storeu_ps(sums + i * stride + p * WIDTH, s[i][p]);
 }
 
