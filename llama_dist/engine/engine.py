@@ -119,9 +119,14 @@ class Engine:
         gone = self.scheduler.cancel(ids)
         return [self.answers.pop(s.request.id).completion("cancelled") for s in gone]
 
-    @torch.inference_mode()
     def step(self, on_token: OnToken | None = None) -> list[Completion]:
         """One tick; the requests that ended in it, in order of arrival. Every rank of the replica calls it alike."""
+        if self.model.program is not None:  # torch has next to nothing to do: its mode would cost more than it saves
+            return self._tick(on_token)
+        with torch.inference_mode():
+            return self._tick(on_token)
+
+    def _tick(self, on_token: OnToken | None) -> list[Completion]:
         batch, hidden, ends = self._compute()
         self.batch = len(batch)
         done: list[Ended] = []
