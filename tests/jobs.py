@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llama_dist.config import RunConfig
 from llama_dist.engine.engine import Engine
 from llama_dist.engine.session import Session, check_run, complete, open_session
 from llama_dist.errors import DesyncError, RequestError
 from llama_dist.generation import Llama
 from llama_dist.model.cache import PAGE_SIZE
+from llama_dist.parallel import shared
 from llama_dist.parallel.launch import read_launch
 from llama_dist.request import Request, SamplingParams
 from llama_dist.text.chat import encode_dialog, pick_chat_format
@@ -48,6 +51,14 @@ def answer(session: Session, ask: Ask) -> list[Answer]:
     requests = [Request(f"{i}", tuple(ids), params) for i, ids in enumerate(ask.prompts)]
     done = complete(session, requests)
     return [(list(c.token_ids), list(c.logprobs or ()), c.finish_reason) for c in done]
+
+
+def answers_of_a_mode_that_is_over(ask: Ask) -> list[Answer]:
+    """Answers of a session that was opened in torch's inference mode, by ranks that share no memory."""
+    shared.attach = lambda *_: None  # type: ignore[assignment]
+    with torch.inference_mode():
+        session = open_for(ask)
+    return answer(session, ask)
 
 
 def chat_ids(folder: str, questions: Sequence[str]) -> list[list[int]]:

@@ -14,6 +14,7 @@ from tests.conftest import Saver
 from tests.jobs import (
     Ask,
     answers,
+    answers_of_a_mode_that_is_over,
     llama_calls,
     one_rank_samples_differently,
     other_flags,
@@ -146,3 +147,8 @@ def test_a_replica_may_take_longer_than_the_timeout(checkpoint: Saver) -> None:
     folder = str(checkpoint(CASE, "hf"))
     ranks = run_ranks(2, slow_replica, folder)
     assert ranks[0] == ranks[1] and [len(row) for row in ranks[0]] == [4, 4, 4]
+
+
+def test_a_session_opened_in_inference_mode_outlives_it(checkpoint: Saver) -> None:
+    ask = Ask(str(checkpoint(CASE, "hf")), [[5, 250, 17], [42]], 6)
+    assert run_ranks(2, answers_of_a_mode_that_is_over, ask) == [ranks[0] for ranks in run_ranks(2, answers, [ask])]

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -108,6 +107,8 @@ def test_other_names_are_refused() -> None:
 
 def perplexity(quantization: str | None) -> float:
     """Of the real model over what Python tells of its language, some 14,000 tokens, 512 at a time."""
+    from pydoc_data.topics import topics  # not in every Python
+
     options = {"max_seq_len": 513, "max_batch_size": 1, "dtype": "bfloat16", "quantization": quantization}
     session = open_for(Ask(str(assets.smollm2_gguf()), [], 0, options))
     text = "\n\n".join(topics[name].strip() for name in sorted(topics))[:60_000]
@@ -119,6 +120,7 @@ def perplexity(quantization: str | None) -> float:
 
 @pytest.mark.slow
 @pytest.mark.spmd
+@pytest.mark.timeout(1200)
 def test_perplexity_of_the_real_model() -> None:
     """Its file is quantised itself (Q4_1, the embedding otherwise): int4 costs its layers less than it would others.
 

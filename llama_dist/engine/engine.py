@@ -121,7 +121,7 @@ class Engine:
 
     def step(self, on_token: OnToken | None = None) -> list[Completion]:
         """One tick; the requests that ended in it, in order of arrival. Every rank of the replica calls it alike."""
-        if self.model.program is not None:  # torch has next to nothing to do: its mode would cost more than it saves
+        if self.model.program is not None:  # most ticks ask next to nothing of torch: its mode would cost more
             return self._tick(on_token)
         with torch.inference_mode():
             return self._tick(on_token)

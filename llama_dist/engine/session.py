@@ -142,6 +142,7 @@ def _identity(run: RunConfig, checked: Checked) -> dict[str, object]:
     return {**shared, "checkpoint": digest, "words": words, "llama_dist": __version__, "torch": torch.__version__}
 
 
+@torch.inference_mode(False)  # what is made here outlives a mode that the caller may be in
 def open_session(run: RunConfig, checked: Checked | None = None, halted: Callable[[], bool] = lambda: False) -> Session:
     """Join the ranks and load this one's part of the model. Every rank calls it alike.
 

@@ -1,8 +1,9 @@
 // Attention by the instructions of dots.h: rows over the keys of a segment. Their scores, sums of these along the head, are all
 // there before the first is weighed, so a segment's sums are never brought to another greatest score.
 //
-// Several tiles of rows share the values, which are laid out once for them. One tile's rows read keys and values once: those of
-// what is next are called into the second cache meanwhile, and what is laid out of values is used while it is in the first.
+// Several tiles of rows share the values, which are laid out once for them. One tile's rows read keys and values once, by AMX:
+// what is laid out of values is used while it is in the first cache; else as attention_few.h says. What is next is called into
+// the second cache meanwhile.
 #pragma once
 
 #include "attention_few.h"

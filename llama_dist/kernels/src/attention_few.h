@@ -1,5 +1,6 @@
 // A tile's few rows over a segment by AVX-512's products of pairs, values read from where they lie: two keys' numbers are
-// brought side by side in registers, which attention_pairs.h does in memory for more rows that share them. The bits are alike.
+// brought side by side in registers, once for up to six rows, which attention_pairs.h does in memory for more. The bits are
+// alike.
 #pragma once
 
 #include "attention_pairs.h"
@@ -10,8 +11,8 @@ namespace {
 
 constexpr int TOGETHER_FEW = 6;  // rows at a time: with four panels as many sums as there are registers for
 
-// scores [n][16 (end - first)] of q [n][dim] and pages first ... end - 1 of the keys, both even, rows ACROSS apart; `meanwhile`
-// is called with how many pages are done next. Four pages at a time are more chains of products than two.
+// scores [n][16 end], from number 16 first on, of q [n][dim] and pages first ... end - 1 of the keys, both even; rows are ACROSS
+// apart. `meanwhile` is called with how many pages are next. Four at a time are more chains of products than two.
 template <class Meanwhile>
 INLINE void score_few(const bf16 *q, int n, const bf16 *const *keys, int first, int end, int dim, float *scores,
                       Meanwhile meanwhile) {
