@@ -123,6 +123,16 @@ def test_bits_do_not_depend_on_which_heads_a_rank_holds(dtype: torch.dtype) -> N
         assert same_bits(found, whole[190:, first:last])
 
 
+@pytest.mark.parametrize("readers", [1, 2, 5, 6, 7, 8, 13, 16, 17])
+@pytest.mark.parametrize(("head_dim", "window"), [(64, 0), (96, 50)])
+def test_bits_of_a_token_alone_are_its_bits_among_others(head_dim: int, window: int, readers: int) -> None:
+    """However many heads read one: few rows and many go ways of their own."""
+    it, of_query = text(560, readers, 1, head_dim, torch.bfloat16), [0] * readers
+    whole = attended([(it, 0, 560)], of_query, window)[0]
+    for place in (0, 15, 16, 40, 511, 530, 559):  # odd and even pages, whole and begun ones, of two segments
+        assert same_bits(attended([(it, place, place + 1)], of_query, window)[0], whole[place : place + 1]), place
+
+
 @pytest.mark.parametrize(("head_dim", "window"), [(64, 0), (32, 30), (80, 0), (96, 0), (256, 0), (64, 600)])
 def test_amx_has_its_bits_without_its_tiles(
     head_dim: int, window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
