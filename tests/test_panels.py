@@ -92,7 +92,7 @@ def test_an_entry_depends_on_its_row_and_column_alone(dtype: torch.dtype, m: int
             assert same_bits(product.linear(x, laid(w[part])), whole[:, part]), part
 
 
-@pytest.mark.parametrize(("unit", "n_units"), [(1, 9), (64, 9), (192, 8), (37, 5), (700, 3), (1200, 2)])
+@pytest.mark.parametrize(("unit", "n_units"), [(1, 9), (64, 9), (192, 8), (37, 5), (700, 3), (1200, 2), (40, 37)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_units_are_summed_in_the_tree(dtype: torch.dtype, unit: int, n_units: int) -> None:
     w = draws(19, unit * n_units, dtype=dtype, seed=1)

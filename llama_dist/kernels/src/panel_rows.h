@@ -119,4 +119,35 @@ struct Wide {
     }
 };
 
+template <class W, class To> INLINE void put(To *to, Lanes v, int64_t left) {
+#if DOTS
+    if constexpr (MULTIPLIED<W> && sizeof(To) == 2)
+        if (left >= WIDTH) return narrow(to, v);
+#endif
+    store(to, v, left);
+}
+
+// Sums [panel][room] of the rows of `x` -> a plane of y, from panel n on.
+template <class W, int P, class To>
+void put_rows(const Job &job, const Wide &x, int64_t n, int64_t apart, const Lanes *sums, To *y) {
+    for (int64_t i = 0; i < x.rows; i++)
+        for (int p = 0; p < P; p++) {
+            const int64_t at = (n + p * apart) * WIDTH, left = job.n - at;
+            Lanes v = sums[p * x.room + i];
+            if (job.bias) v = v + job.numbers(job.bias, at, left);
+            put<W>(y + (x.m + i) * job.ldy + at, v, left);
+        }
+}
+
+// The sum over all units, or those of the tree's roots -> y.
+template <class W, int P> void put_roots(const Job &job, const Wide &x, int64_t n, int64_t apart, Roots &roots) {
+    for (int plane = 0; plane < (job.first < 0 ? 1 : roots.size); plane++) {
+        const int64_t at = plane * job.plane;
+        if (job.y_f32 || !job.is_bf16)
+            put_rows<W, P>(job, x, n, apart, roots.plane(plane), (float *)job.y + at);
+        else
+            put_rows<W, P>(job, x, n, apart, roots.plane(plane), (bf16 *)job.y + at);
+    }
+}
+
 }  // namespace

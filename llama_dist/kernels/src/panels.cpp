@@ -5,6 +5,7 @@
 // over unit numbers. So the bits of an entry of y are a function of its row of x and its row of W, on any number of threads, in
 // any batch, and the same on all processors that can multiply and add in one. Those with instructions for bf16 add up its
 // products in an order of their own (dots.h), of which the same holds.
+#include "panel_few.h"
 #include "panel_tiles.h"
 
 namespace {
@@ -96,26 +97,6 @@ template <class Call> INLINE void by_tiles(int64_t rows, int64_t most, Call call
     }
 }
 
-template <class W, class To> INLINE void put(To *to, Lanes v, int64_t left) {
-#if DOTS
-    if constexpr (MULTIPLIED<W> && sizeof(To) == 2)
-        if (left >= WIDTH) return narrow(to, v);
-#endif
-    store(to, v, left);
-}
-
-// Sums [panel][room] of the rows of `x` -> a plane of y, from panel n on.
-template <class W, int P, class To>
-void put_rows(const Job &job, const Wide &x, int64_t n, int64_t apart, const Lanes *sums, To *y) {
-    for (int64_t i = 0; i < x.rows; i++)
-        for (int p = 0; p < P; p++) {
-            const int64_t at = (n + p * apart) * WIDTH, left = job.n - at;
-            Lanes v = sums[p * x.room + i];
-            if (job.bias) v = v + job.numbers(job.bias, at, left);
-            put<W>(y + (x.m + i) * job.ldy + at, v, left);
-        }
-}
-
 // All rows of `x`, from number `at` of each on, by P panels, by the instructions of dots.h; fresh sums are not added to.
 #if DOTS
 template <int P>
@@ -130,9 +111,8 @@ INLINE void multiplied(const Job &job, const Wide &x, int64_t ldx, int64_t at, c
     constexpr int MOST = P == 4 ? FEW_PAIRED : P == 2 && DOTS == 2 ? TILE / 2 : TILE;
     by_tiles(x.rows, MOST, [&](auto with, int64_t row, int64_t t, int64_t) {
         constexpr int M = std::min(decltype(with)::value, MOST);
-        t || (DOTS == 1 && M <= FEW_PAIRED)  // which are faster by what the processor calls in itself (Zen 4)
-            ? by_pairs<M, P, false>(w, panel, pairs + row * words, words, k, sums + row, x.room)
-            : by_pairs<M, P, true>(w, panel, pairs + row * words, words, k, sums + row, x.room);
+        t ? by_pairs<M, P, false>(w, panel, pairs + row * words, words, k, sums + row, x.room)
+          : by_pairs<M, P, true>(w, panel, pairs + row * words, words, k, sums + row, x.room);
     });
 }
 #endif
@@ -184,13 +164,7 @@ template <class W, int P> void stripe(const Job &job, const Wide &x, int64_t n, 
         whole ? roots.add() : roots.push(job.first + u);
         if (u + 1 < job.w.n_units) sums = roots.next(zeros);
     }
-    for (int plane = 0; plane < (whole ? 1 : roots.size); plane++) {
-        const int64_t at = plane * job.plane;
-        if (job.y_f32 || !job.is_bf16)
-            put_rows<W, P>(job, x, n, apart, roots.plane(plane), (float *)job.y + at);
-        else
-            put_rows<W, P>(job, x, n, apart, roots.plane(plane), (bf16 *)job.y + at);
-    }
+    put_roots<W, P>(job, x, n, apart, roots);
 }
 
 // How many panels some rows are multiplied by at once, at most.
@@ -206,7 +180,11 @@ template <class W> void panels_from(const Job &job, const Wide &x, int64_t n, in
     auto runs = [&](auto with) {
         constexpr int P = decltype(with)::value;
         const int64_t apart = count / P;
-        for (int64_t i = 0; i < apart; i++) stripe<W, P>(job, x, n + i, apart, roots);
+        for (int64_t i = 0; i < apart; i++) {
+            if constexpr (MULTIPLIED<W> && DOTS == 1 && P <= 2)
+                if (row_or_two<P>(job, x, n + i, apart, roots)) continue;
+            stripe<W, P>(job, x, n + i, apart, roots);
+        }
         n += apart * P, count -= apart * P;
     };
     const int64_t most = together<W>(job.w, x.rows, x.height);
