@@ -68,10 +68,10 @@ def test_every_figure_is_there_and_positive(n_ranks: int, tmp_path: Path) -> Non
     assert code == 0 and data is not None and data["version"] == 1
     assert [(code, text, data) for code, text, data in others] == [(0, "", None)] * (n_ranks - 1)
     figures = {(figure["name"], figure["size"]): figure for figure in data["figures"]}
-    assert figures.keys() == EVERYTHING | ({("reductions", 0)} if n_ranks > 1 else set())
+    assert figures.keys() == EVERYTHING | {("decode of memory", 1)} | ({("reductions", 0)} if n_ranks > 1 else set())
     for key, figure in figures.items():
         in_rounds = key[0] in ("decode", "sampled", "prefill", "batch")
-        assert len(figure["values"]) == (2 if in_rounds else 1)
+        assert len(figure["values"]) == (2 if in_rounds or key[0] == "decode of memory" else 1)
         assert 0 < figure["least"] <= figure["median"] <= figure["most"]
         assert (figure["share"] is not None) == (in_rounds or key[0] == "reductions")
         if in_rounds:
@@ -91,6 +91,7 @@ def test_every_figure_is_there_and_positive(n_ranks: int, tmp_path: Path) -> Non
     for part in (
         "decode, batch 64, tokens/s",
         "decode, batch 64, sampled",
+        "decode, batch 1, of memory read in turn",
         "mixed batch of 64",
         "memory: read at",
         "left out: prefill of 8,192",

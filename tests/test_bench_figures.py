@@ -6,17 +6,21 @@ import dataclasses
 import itertools
 import json
 import re
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import torch
 
 from llama_dist.engine.plan import model_bytes
-from llama_dist.frontend.bench import device_profile, step_profile
+from llama_dist.frontend.bench import device_profile, in_turn, step_profile
 from llama_dist.frontend.bench.cost import Model, job_cost, least_seconds, model_of, prefill_cost, step_cost
 from llama_dist.frontend.bench.figures import BYTES, RATE, Figure, Limits, Sizes, best, figures_of
 from llama_dist.frontend.bench.machine import About
 from llama_dist.frontend.bench.results import Contender, Results, merged
 from llama_dist.frontend.bench.scaling import Point, Series, exponent
 from llama_dist.frontend.bench.table import text_of
+from llama_dist.frontend.bench.work import Player
 from llama_dist.kernels import program
 from llama_dist.model.shapes import SHAPES
 
@@ -104,6 +108,37 @@ def test_planted_timings_give_the_shares_they_should() -> None:
     assert found["reductions", 0].share == pytest.approx(0.5)
     assert found["device memory", 0].share == pytest.approx(0.25)
     assert [found[key].unit for key in (("decode", 1), ("ready", 0), ("host memory", 0))] == [RATE, "s", BYTES]
+
+
+def test_a_step_is_held_against_memory_as_it_was_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, lengths = in_turn.TURNS, []
+    # Memory is half as fast in the second half, and so are the steps: they have four fifths of it all along.
+    rates = iter([100e9] * (turns // 2) + [75e9] + [50e9] * (turns // 2))
+
+    class Planted:
+        def __init__(self) -> None:
+            self.tokens = [0] * 100
+            scheduler = SimpleNamespace(running=[self])
+            self.session = SimpleNamespace(world=None, engine=SimpleNamespace(scheduler=scheduler))
+
+        def decoding(self, batch: int) -> None:
+            assert batch == 1
+
+        def steps(self, n: int) -> float:
+            lengths.append(len(self.tokens))
+            context = len(self.tokens) + (n - 1) / 2
+            self.tokens += [0] * n
+            fast = [100e9] * (turns // 2 - 1) + [87.5e9, 62.5e9] + [50e9] * (turns // 2 - 1)
+            return n * step_cost(MODEL, 1, context).bytes / (0.8 * fast[len(lengths) - 1])
+
+        def drop(self) -> None:
+            self.tokens = []
+
+    planted = Planted()
+    monkeypatch.setattr(in_turn, "read_once", lambda world, memory: next(rates))
+    share = in_turn.share_of_memory(cast(Player, planted), MODEL, torch.empty(0))
+    assert share == pytest.approx(0.8)
+    assert len(lengths) == turns and not planted.tokens and next(rates, None) is None
 
 
 def test_the_best_of_all_readings_is_the_limit() -> None:

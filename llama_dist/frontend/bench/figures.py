@@ -10,7 +10,10 @@ from typing import Any
 from llama_dist.frontend.bench.cost import Cost, Model, job_cost, least_seconds, prefill_cost, step_cost
 
 Key = tuple[str, int]
-"""What was measured, and its size: ("decode", batch), ("sampled", batch), ("prefill", tokens); 0 for what has none."""
+"""What was measured, and its size: ("decode", batch), ("sampled", batch), ("prefill", tokens); 0 for what has none.
+
+"decode of memory" is the share of memory's rate that a step has in turns with reading it.
+"""
 
 RATE, SECONDS, BYTES, SHARE = "tokens/s", "s", "bytes", "share"
 UNITS: Mapping[str, str] = {
@@ -23,6 +26,7 @@ UNITS: Mapping[str, str] = {
     "reductions": SECONDS,
     "host memory": BYTES,
     "device memory": BYTES,
+    "decode of memory": SHARE,
     "reproducible decode": SHARE,
     "reproducible prefill": SHARE,
 }

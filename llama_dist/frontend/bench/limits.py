@@ -66,7 +66,7 @@ def _fastest(world: World, candidates: Iterator[tuple[str, float, Callable[[], A
     return max((_rate(world, amount, work), name) for name, amount, work in candidates)
 
 
-def _memory(world: World) -> torch.Tensor:
+def memory_to_read(world: World) -> torch.Tensor:
     """Numbers to read, float32, beyond the caches and within what memory is left; in large pages where there are."""
     cuda = world.device.type == "cuda"
     free = torch.cuda.mem_get_info(world.device)[0] if cuda else host_memory()
@@ -84,6 +84,15 @@ def _reads(world: World, memory: torch.Tensor) -> Iterator[tuple[str, float, Cal
     yield "torch's sum", memory.nbytes, memory.sum
     half = len(memory) // 2
     yield "torch's copy", 2 * half * 4, lambda: memory[:half].copy_(memory[half : 2 * half])
+
+
+def read_once(world: World, memory: torch.Tensor) -> float:
+    """The best rate, bytes/s, of reading `memory` once in each way, all ranks at once."""
+    rates: list[float] = [
+        world.size * amount / max(collect(world, _seconds(world.device, work)))
+        for _, amount, work in _reads(world, memory)
+    ]
+    return max(rates)
 
 
 def _products(world: World, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, float, Callable[[], Any]]]:
@@ -110,11 +119,9 @@ def _products(world: World, config: ModelConfig, dtype: torch.dtype) -> Iterator
 
 
 @torch.inference_mode()
-def measure(world: World, config: ModelConfig, dtype: torch.dtype) -> Limits:
-    """One round of readings. Every rank calls it alike; all get the same."""
-    memory = _memory(world)
+def measure(world: World, config: ModelConfig, dtype: torch.dtype, memory: torch.Tensor) -> Limits:
+    """One round of readings, of `memory` among them. Every rank calls it alike; all get the same."""
     read, read_how = _fastest(world, _reads(world, memory))
-    del memory
     product, product_how = _fastest(world, _products(world, config, dtype))
     reduction = None
     if world.mp_size > 1:

@@ -13,6 +13,8 @@ from llama_dist.frontend.bench import limits as probes
 from llama_dist.frontend.bench.cost import Model, model_of
 from llama_dist.frontend.bench.device_profile import profile_device
 from llama_dist.frontend.bench.figures import Key, Sizes, best, figures_of
+from llama_dist.frontend.bench.in_turn import STEPS as STEPS_IN_TURN
+from llama_dist.frontend.bench.in_turn import share_of_memory
 from llama_dist.frontend.bench.machine import about, peak_device, peak_host, since_start
 from llama_dist.frontend.bench.results import Results
 from llama_dist.frontend.bench.step_profile import REDUCTIONS, timed
@@ -131,15 +133,21 @@ def measure(player: Player, options: BenchOptions) -> Results:
     player.first_token()
     start: dict[Key, list[float]] = {("ready", 0): [ready], ("first token", 0): [since_start()]}
     weight = engine.model.norm.weight
-    rounds, readings, memory = Rounds(player, options.work), [], {}
+    model = session_model(session)
+    rounds, readings, most = Rounds(player, options.work), [], {}
+    in_turn = "decode" in options.work and player.no_room(1, PROMPT + WARM + STEPS_IN_TURN + 1) is None
     for number in range(options.repeats):
         log.info("round %d of %d", number + 1, options.repeats)
         rounds.play()
         if number == 0:
-            memory = peaks(session)
-        readings.append(probes.measure(world, config, weight.dtype))
+            most = peaks(session)
+        memory = probes.memory_to_read(world)
+        readings.append(probes.measure(world, config, weight.dtype, memory))
+        if in_turn:
+            rounds.measured.setdefault(("decode of memory", 1), []).append(share_of_memory(player, model, memory))
+        del memory
     profiles, reductions = profile(player) if "decode" in options.work else ({}, None)
-    measured = {**rounds.measured, **start, **memory}
+    measured = {**rounds.measured, **start, **most}
     if reductions is not None:
         measured["reductions", 0] = [reductions]
     found = best(readings)
@@ -148,7 +156,7 @@ def measure(player: Player, options: BenchOptions) -> Results:
     size = f"{show_count(model_bytes(config, 1))} parameters"
     return Results(
         about(f"{name}, {config.family}, {size}", type_of(session), world),
-        figures_of(measured, session_model(session), found, sizes),
+        figures_of(measured, model, found, sizes),
         found,
         rounds.left_out,
         profiles,

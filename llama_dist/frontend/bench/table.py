@@ -38,6 +38,7 @@ def title(figure: Figure) -> str:
         "reductions": "reductions of a token",
         "host memory": "peak host memory a rank",
         "device memory": "peak device memory a rank",
+        "decode of memory": f"decode, batch {figure.size}, of memory read in turn",
         "reproducible decode": f"decode, batch {figure.size}, reproducible / ordinary",
         "reproducible prefill": f"prefill of {figure.size:,} tokens, reproducible / ordinary",
     }
