@@ -18,7 +18,7 @@ from llama_dist.frontend.bench.cost import Model, job_cost, least_seconds, model
 from llama_dist.frontend.bench.figures import BYTES, RATE, Figure, Limits, Sizes, best, figures_of
 from llama_dist.frontend.bench.machine import About
 from llama_dist.frontend.bench.results import Contender, Results, merged
-from llama_dist.frontend.bench.scaling import Point, Series, exponent
+from llama_dist.frontend.bench.scaling import Point, Series, exponent, medians
 from llama_dist.frontend.bench.table import text_of
 from llama_dist.frontend.bench.work import Player
 from llama_dist.kernels import program
@@ -193,6 +193,21 @@ def test_a_quadratic_rise_behind_a_fixed_cost_is_flagged_and_a_line_is_not() -> 
     assert not series([1 + 1e-4 * 10**n for n in range(7)]).steep
     assert not series([1e-4 * 10**n * (1 + 0.1 * (-1) ** n) for n in range(7)]).steep  # noise
     assert series([1.0, 2.0]).exponent is None and not series([1.0, 2.0]).steep
+
+
+def test_rounds_of_a_series_are_one_by_medians() -> None:
+    def series(seconds: dict[int, float], note: str) -> Series:
+        points = tuple(Point(n, 5 * n, s, n / s) for n, s in seconds.items())
+        return Series("decode", "sequences", RATE, points, note)
+
+    # One round met a slow minute, another was short of patience.
+    rounds = [
+        series({1: 1.0, 2: 9.0, 4: 4.0}, ""),
+        series({1: 8.0, 2: 2.0, 4: 5.0}, ""),
+        series({1: 2.0, 2: 2.5}, "end"),
+    ]
+    assert medians(rounds) == series({1: 2.0, 2: 2.5, 4: 4.5}, "end")
+    assert medians(rounds[:1]) == rounds[0]
 
 
 def test_a_clock_belongs_to_one_function_at_a_time() -> None:

@@ -28,6 +28,7 @@ from llama_dist.frontend.bench.scale import (
     ranks_series,
     rows_series,
 )
+from llama_dist.frontend.bench.scaling import medians
 from llama_dist.frontend.bench.table import text_of
 from llama_dist.frontend.bench.work import PREFILL, STEPS, Player
 from llama_dist.frontend.options import BenchOptions
@@ -79,7 +80,9 @@ def work(options: BenchOptions, run: RunConfig, checked: Checked) -> int:
     player = Player(session)
     results = measure(player, options)
     if options.scale:
-        series = [batch_series(player), *context_series(player, session_model(session)), rows_series(player)]
+        model = session_model(session)
+        rounds = [(batch_series(player), *context_series(player, model)) for _ in range(options.repeats)]
+        series = [*map(medians, zip(*rounds, strict=True)), rows_series(player)]
         results = dataclasses.replace(results, series=series)
     rank, size, device = world.rank, world.size, world.device
     leave(world)

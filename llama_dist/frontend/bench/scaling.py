@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 STEEPEST = 1.1  # seconds may grow by this power of the work, for what noise there is
@@ -49,6 +50,19 @@ class Series:
             "steep": self.steep,
             "note": self.note,
         }
+
+
+def medians(rounds: Sequence[Series]) -> Series:
+    """Rounds of a series as one: each size by the median of its seconds; the rest is the last round's."""
+    found: dict[float, list[Point]] = {}
+    for series in rounds:
+        for point in series.points:
+            found.setdefault(point.x, []).append(point)
+    points = []
+    for same in found.values():
+        seconds = statistics.median(point.seconds for point in same)
+        points.append(replace(same[0], seconds=seconds, rate=same[0].rate * same[0].seconds / seconds))
+    return replace(rounds[-1], points=tuple(points))
 
 
 def exponent(work: Sequence[float], seconds: Sequence[float]) -> float | None:
