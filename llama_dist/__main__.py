@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 
 from llama_dist import cli
 from llama_dist.errors import ConfigError, LlamaDistError
-from llama_dist.parallel.launch import check_launch, read_launch
+from llama_dist.frontend.weights_ahead import weights_ahead
+from llama_dist.model import ahead
+from llama_dist.parallel.launch import Launch, check_launch, read_launch
 
 MUTE_RANK_WAITS = 1.0  # seconds; a launcher stops the other ranks when one ends, and rank 0 is to have its say first
 
@@ -46,6 +48,15 @@ def prepare(line: cli.Line, n_ranks: int) -> Callable[[], int]:
         gc.enable()
 
 
+def begin_room(line: cli.Line, launch: Launch) -> None:
+    """Have memory for the weights made ready while torch is imported, where a command is to load some."""
+    if line.command not in cli.LOADING or getattr(line.options, "against", False):  # those are processes of their own
+        return
+    size = weights_ahead(line.options.run, getattr(line.options, "shape", None), launch)
+    if size:
+        ahead.begin(size)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, run. Returns the exit code: 0, 2 for what the user can mend, 1 for the rest."""
     # torch's C++ warns at length of connections that a failed peer closed; who failed, the watch says in one line
@@ -64,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line.help)
         return 0
     set_up_logging(rank, line.options.run.verbose)
+    begin_room(line, launch)
     try:
         work = prepare(line, launch.size)
         if line.command not in cli.ON_RANKS:

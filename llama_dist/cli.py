@@ -30,6 +30,9 @@ COMMANDS: Mapping[str, type] = {
 ON_RANKS = frozenset({"generate", "chat", "batch", "verify", "bench", "doctor"})
 """The commands that several ranks run together; the others are one process."""
 
+LOADING = ON_RANKS - {"doctor"}
+"""Those that load a model."""
+
 HELP_WORDS = ("--help", "-h", "help")
 
 

@@ -31,6 +31,9 @@ NO_TORCH = (
     "engine/scheduler.py",
     "frontend/batch/leases.py",
     "frontend/batch/cards.py",
+    "frontend/weights_ahead.py",
+    "model/ahead.py",
+    "model/host_memory.py",
 )
 MAY_PICKLE = "checkpoint/"
 """`.pth` files are pickles by definition; nothing else of the package has any business with one."""

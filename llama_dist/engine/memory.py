@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-from pathlib import Path
 
 import torch
 
 from llama_dist.config import RunConfig
 from llama_dist.errors import ConfigError
 from llama_dist.model.cache import PAGE_SIZE
+from llama_dist.model.host_memory import host_memory
 from llama_dist.model.transformer import Transformer
 from llama_dist.parallel.control import collect
 from llama_dist.parallel.world import World
@@ -20,22 +19,6 @@ log = logging.getLogger("llama_dist")
 CUDA_SHARE = 0.9  # of what is free after loading; the rest is for activations and the library's workspaces
 CPU_SHARE = 0.5  # of what the host has available, dealt over its ranks
 SPARE = 2  # times what a full batch of longest sequences takes: beyond that the prefix cache gains little
-
-
-def host_memory() -> int:
-    """Bytes this process may still take: the host's, or its cgroup's where that is less."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-            break
-    else:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return min(available, max(0, int(limit) - used)) if limit.isdigit() else available
 
 
 def _memory_left(world: World) -> int:

@@ -5,12 +5,12 @@ A step reads every weight once; with pages of 4 KiB it waits for their addresses
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
+from llama_dist.model import ahead
 from llama_dist.quant.packed import Packed
 
 ALIGNED = 64  # bytes, a line of the cache
@@ -19,15 +19,8 @@ LEAST = 2**21  # bytes, one large page; smaller models stay where they are
 
 def large_pages(size: int) -> torch.Tensor | None:
     """Zeros, uint8 [size], in large pages as far as the kernel has some; None where it knows none."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
-    # Private: what could be shared is kept in small pages by most kernels.
-    room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        room.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel built without them
-        return None
-    return torch.frombuffer(room, dtype=torch.uint8)
+    room = ahead.anonymous(size)
+    return None if room is None else torch.frombuffer(room, dtype=torch.uint8)
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -52,7 +45,10 @@ def move_together(model: nn.Module) -> None:
         if storage.data_ptr() not in places:
             places[storage.data_ptr()] = size
             size += -(-storage.nbytes() // ALIGNED) * ALIGNED
-    room = large_pages(size) if size >= LEAST else None
+    touched = ahead.take(size)
+    if size < LEAST:
+        return
+    room = large_pages(size) if touched is None else torch.frombuffer(touched, dtype=torch.uint8, count=size)
     if room is None:
         return
     storage = room.untyped_storage()

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from llama_dist.config import ModelConfig
-from llama_dist.engine.memory import host_memory
 from llama_dist.frontend.bench.figures import Limits
 from llama_dist.kernels import read as reading
+from llama_dist.model.host_memory import host_memory
 from llama_dist.model.room import large_pages
 from llama_dist.parallel.control import collect
 from llama_dist.parallel.layers import reduce
