@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from llama_dist import cli
 from llama_dist.errors import ConfigError, LlamaDistError
-from llama_dist.frontend.weights_ahead import weights_ahead
+from llama_dist.frontend.weights_ahead import bytes_ahead
 from llama_dist.model import ahead
 from llama_dist.parallel.launch import Launch, check_launch, read_launch
 
@@ -50,11 +50,14 @@ def prepare(line: cli.Line, n_ranks: int) -> Callable[[], int]:
 
 def begin_room(line: cli.Line, launch: Launch) -> None:
     """Have memory for the weights made ready while torch is imported, where a command is to load some."""
-    if line.command not in cli.LOADING or getattr(line.options, "against", False):  # those are processes of their own
+    if line.command not in cli.LOADING or getattr(line.options, "against", False):  # children load the models of these
         return
-    size = weights_ahead(line.options.run, getattr(line.options, "shape", None), launch)
-    if size:
-        ahead.begin(size)
+    try:
+        size = bytes_ahead(line.options.run, getattr(line.options, "shape", None), launch)
+        if size:
+            ahead.begin(size)
+    except (OSError, RuntimeError) as err:  # no thread, no memory: then the model gets it when it is loaded
+        logging.getLogger("llama_dist").debug("no room for the weights ahead: %s", err)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,12 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line.help)
         return 0
     set_up_logging(rank, line.options.run.verbose)
-    begin_room(line, launch)
     try:
+        begin_room(line, launch)
         work = prepare(line, launch.size)
         if line.command not in cli.ON_RANKS:
             return work()
     except LlamaDistError as err:  # files may differ from host to host: one rank of each speaks
+        ahead.take(0)
         return refuse(err, rank, speaks=local_rank == 0)
     except KeyboardInterrupt:
         return 130

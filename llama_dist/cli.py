@@ -30,8 +30,8 @@ COMMANDS: Mapping[str, type] = {
 ON_RANKS = frozenset({"generate", "chat", "batch", "verify", "bench", "doctor"})
 """The commands that several ranks run together; the others are one process."""
 
-LOADING = ON_RANKS - {"doctor"}
-"""Those that load a model."""
+LOADING = frozenset({"generate", "chat", "batch", "bench"})
+"""Those that load the model that their own flags name."""
 
 HELP_WORDS = ("--help", "-h", "help")
 

@@ -119,7 +119,9 @@ def test_a_step_is_held_against_memory_as_it_was_then(monkeypatch: pytest.Monkey
         def __init__(self) -> None:
             self.tokens = [0] * 100
             scheduler = SimpleNamespace(running=[self])
-            self.session = SimpleNamespace(world=None, engine=SimpleNamespace(scheduler=scheduler))
+            self.session = SimpleNamespace(
+                world=SimpleNamespace(n_replicas=2), engine=SimpleNamespace(scheduler=scheduler)
+            )
 
         def decoding(self, batch: int) -> None:
             assert batch == 1
@@ -129,7 +131,7 @@ def test_a_step_is_held_against_memory_as_it_was_then(monkeypatch: pytest.Monkey
             context = len(self.tokens) + (n - 1) / 2
             self.tokens += [0] * n
             fast = [100e9] * (turns // 2 - 1) + [87.5e9, 62.5e9] + [50e9] * (turns // 2 - 1)
-            return n * step_cost(MODEL, 1, context).bytes / (0.8 * fast[len(lengths) - 1])
+            return 2 * n * step_cost(MODEL, 1, context).bytes / (0.8 * fast[len(lengths) - 1])
 
         def drop(self) -> None:
             self.tokens = []
@@ -201,11 +203,8 @@ def test_rounds_of_a_series_are_one_by_medians() -> None:
         return Series("decode", "sequences", RATE, points, note)
 
     # One round met a slow minute, another was short of patience.
-    rounds = [
-        series({1: 1.0, 2: 9.0, 4: 4.0}, ""),
-        series({1: 8.0, 2: 2.0, 4: 5.0}, ""),
-        series({1: 2.0, 2: 2.5}, "end"),
-    ]
+    rounds = [series({1: 1.0, 2: 9.0, 4: 4.0}, "end"), series({1: 8.0, 2: 2.0, 4: 5.0}, "end")]
+    rounds.append(series({1: 2.0, 2: 2.5}, "patience"))
     assert medians(rounds) == series({1: 2.0, 2: 2.5, 4: 4.5}, "end")
     assert medians(rounds[:1]) == rounds[0]
 

@@ -1,7 +1,7 @@
 """Room for a model's weights that is touched while torch is still being imported. No torch.
 
 Memory is there when it is first touched: the kernel clears a page, and the host of a virtual machine may have to find
-one. That takes as long as reading the weights from files, and longer on some hosts; another core has the time for it.
+one. That takes as long as reading the weights from files, and longer on some hosts, most of it spent waiting.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import ctypes
 import mmap
 import threading
 
-PIECE = 2**22  # bytes touched between two looks at whether the room has been taken
-RESERVED = 2  # times what is touched: addresses cost nothing, and weights of another type than the file's still fit
+PIECE = 2**24  # bytes touched between two looks at whether the room has been taken
+RESERVED = 4  # times what is touched: addresses cost nothing, and weights of another type than the file's still fit
 
 
 def anonymous(size: int) -> mmap.mmap | None:
-    """`size` bytes of zeros, in large pages as far as the kernel has some; None where it knows none."""
+    """`size` bytes of zeros, in large pages as far as the kernel has some; None where there are none."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     # Private: what could be shared is kept in small pages by most kernels.
-    room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
+        room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         room.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel built without them
+    except OSError:  # no room for so much, or a kernel built without them
         return None
     return room
 

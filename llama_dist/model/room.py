@@ -45,7 +45,7 @@ def move_together(model: nn.Module) -> None:
         if storage.data_ptr() not in places:
             places[storage.data_ptr()] = size
             size += -(-storage.nbytes() // ALIGNED) * ALIGNED
-    touched = ahead.take(size)
+    touched = ahead.take(size)  # also where nothing lies on the CPU: it ends the touching and gives the room back
     if size < LEAST:
         return
     room = large_pages(size) if touched is None else torch.frombuffer(touched, dtype=torch.uint8, count=size)

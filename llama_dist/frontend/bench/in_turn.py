@@ -1,4 +1,4 @@
-"""Decode steps and readings of memory in turn: what of memory's rate a step has, though it change by the minute."""
+"""Decode steps and readings of memory in turn: the share of its rate that a step has, where that rate drifts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def share_of_memory(player: Player, model: Model, memory: torch.Tensor) -> float
     for _ in range(TURNS):
         (sequence,) = session.engine.scheduler.running
         context = len(sequence.tokens) + (TURN_STEPS - 1) / 2
-        rate = TURN_STEPS * step_cost(model, 1, context).bytes / player.steps(TURN_STEPS)
+        read = session.world.n_replicas * TURN_STEPS * step_cost(model, 1, context).bytes
+        rate = read / player.steps(TURN_STEPS)
         after = read_once(session.world, memory)
         shares.append(rate / ((before + after) / 2))
         before = after

@@ -86,6 +86,11 @@ def _reads(world: World, memory: torch.Tensor) -> Iterator[tuple[str, float, Cal
     yield "torch's copy", 2 * half * 4, lambda: memory[:half].copy_(memory[half : 2 * half])
 
 
+def best_read(world: World, memory: torch.Tensor) -> tuple[float, str]:
+    """The best of several readings of `memory`, bytes/s, all ranks at once; and in which way."""
+    return _fastest(world, _reads(world, memory))
+
+
 def read_once(world: World, memory: torch.Tensor) -> float:
     """The best rate, bytes/s, of reading `memory` once in each way, all ranks at once."""
     rates: list[float] = [
@@ -119,9 +124,9 @@ def _products(world: World, config: ModelConfig, dtype: torch.dtype) -> Iterator
 
 
 @torch.inference_mode()
-def measure(world: World, config: ModelConfig, dtype: torch.dtype, memory: torch.Tensor) -> Limits:
-    """One round of readings, of `memory` among them. Every rank calls it alike; all get the same."""
-    read, read_how = _fastest(world, _reads(world, memory))
+def measure(world: World, config: ModelConfig, dtype: torch.dtype, read: tuple[float, str]) -> Limits:
+    """One round of limits beside the rate of reading memory. Every rank calls it alike; all get the same."""
+    read_rate, read_how = read
     product, product_how = _fastest(world, _products(world, config, dtype))
     reduction = None
     if world.mp_size > 1:
@@ -132,4 +137,4 @@ def measure(world: World, config: ModelConfig, dtype: torch.dtype, memory: torch
                 reduce(x)
 
         reduction = world.size / _rate(world, REDUCTIONS, row)
-    return Limits(read, product, reduction, {"read": read_how, "product": product_how})
+    return Limits(read_rate, product, reduction, {"read": read_how, "product": product_how})

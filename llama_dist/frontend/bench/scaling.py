@@ -53,7 +53,7 @@ class Series:
 
 
 def medians(rounds: Sequence[Series]) -> Series:
-    """Rounds of a series as one: each size by the median of its seconds; the rest is the last round's."""
+    """Rounds of a series as one: each size by the median of its seconds; the rest is the longest round's."""
     found: dict[float, list[Point]] = {}
     for series in rounds:
         for point in series.points:
@@ -62,7 +62,7 @@ def medians(rounds: Sequence[Series]) -> Series:
     for same in found.values():
         seconds = statistics.median(point.seconds for point in same)
         points.append(replace(same[0], seconds=seconds, rate=same[0].rate * same[0].seconds / seconds))
-    return replace(rounds[-1], points=tuple(points))
+    return replace(max(rounds, key=lambda series: len(series.points)), points=tuple(points))
 
 
 def exponent(work: Sequence[float], seconds: Sequence[float]) -> float | None:

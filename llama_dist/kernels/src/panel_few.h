@@ -6,10 +6,14 @@
 namespace {
 
 #if DOTS == 1
-// M rows, all that `x` has, by P panels: panel n, n + apart ... A step is short, or what the processor itself calls in falls
-// behind; and no unit waits for the tree of those before, which comes after many.
-template <int M, int P> INLINE void rows_by_panels_apart(const Job &job, const Wide &x, int64_t n, int64_t apart, Roots &roots) {
-    constexpr int STEP = 8, UNITS = 16;  // numbers along K; units whose sums wait
+
+static_assert(FEW_PAIRED == 2);
+
+// M rows, all of x, by P panels: n, n + apart ... Steps are short: with longer ones the processor's own prefetch falls behind.
+// Units' sums wait for the tree, up to UNITS of them.
+template <int M, int P>
+INLINE void rows_by_panels_apart(const Job &job, const Wide &x, int64_t n, int64_t apart, Roots &roots) {
+    constexpr int STEP = 8, UNITS = 16;  // numbers along K; units
     const bool whole = job.first < 0;
     const int64_t k = whole ? job.numbers_a_row() : job.unit_numbers(), units = whole ? 1 : job.w.n_units;
     const int64_t words = job.numbers_a_row() / 2, panel = job.panel() * apart;
@@ -17,8 +21,8 @@ template <int M, int P> INLINE void rows_by_panels_apart(const Job &job, const W
     const uint32_t *pairs = x.as<uint32_t>();
     Lanes sums[UNITS][P * M];
     roots.start(P * M);
-    for (int64_t first = 0; first < units; first += UNITS) {
-        const int64_t some = std::min<int64_t>(UNITS, units - first);
+    for (int64_t done = 0; done < units; done += UNITS) {
+        const int64_t some = std::min<int64_t>(UNITS, units - done);
         for (int64_t u = 0; u < some; u++) {
             __m512 s[P][M];
             for (int p = 0; p < P; p++)
@@ -38,7 +42,7 @@ template <int M, int P> INLINE void rows_by_panels_apart(const Job &job, const W
         }
         for (int64_t u = 0; u < some; u++) {
             std::copy_n(sums[u], P * M, roots.next(false));
-            roots.push(whole ? 0 : job.first + first + u);
+            roots.push(whole ? 0 : job.first + done + u);
         }
     }
     put_roots<bf16, P>(job, x, n, apart, roots);
@@ -50,10 +54,6 @@ template <int P> bool row_or_two(const Job &job, const Wide &x, int64_t n, int64
     if (x.rows == 2) rows_by_panels_apart<2, P>(job, x, n, apart, roots);
     return x.rows <= 2;
 }
-
-#else
-
-template <int P> bool row_or_two(const Job &, const Wide &, int64_t, int64_t, Roots &) { return false; }
 
 #endif
 

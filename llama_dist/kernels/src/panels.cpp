@@ -97,7 +97,8 @@ template <class Call> INLINE void by_tiles(int64_t rows, int64_t most, Call call
     }
 }
 
-// All rows of `x`, from number `at` of each on, by P panels, by the instructions of dots.h; fresh sums are not added to.
+// All rows of `x`, from number `at` of each on, by P panels, by the instructions of dots.h; fresh sums are not added to. A row
+// or two come here with AMX only.
 #if DOTS
 template <int P>
 INLINE void multiplied(const Job &job, const Wide &x, int64_t ldx, int64_t at, const bf16 *w, int64_t panel, int64_t k,
@@ -181,8 +182,10 @@ template <class W> void panels_from(const Job &job, const Wide &x, int64_t n, in
         constexpr int P = decltype(with)::value;
         const int64_t apart = count / P;
         for (int64_t i = 0; i < apart; i++) {
-            if constexpr (MULTIPLIED<W> && DOTS == 1 && P <= 2)
+#if DOTS == 1
+            if constexpr (MULTIPLIED<W> && P <= 2)
                 if (row_or_two<P>(job, x, n + i, apart, roots)) continue;
+#endif
             stripe<W, P>(job, x, n + i, apart, roots);
         }
         n += apart * P, count -= apart * P;
