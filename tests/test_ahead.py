@@ -161,7 +161,7 @@ def test_children_and_what_loads_nothing_touch_nothing(monkeypatch: pytest.Monke
     monkeypatch.setattr(ahead, "begin", begun.append)
     for words in (
         ["bench", "--shape=smollm2-135m", "--against=transformers"],
-        ["plan", "--ckpt_dir=x", "--gpus=1"],
+        ["plan", "--ckpt_dir=x", "--gpus=1", "--gpu_memory=80GB"],
         ["doctor"],
     ):
         entry.begin_room(cli.parse(words), ranks(1))
