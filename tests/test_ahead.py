@@ -51,15 +51,18 @@ def test_what_was_touched_is_there_and_no_more_than_is_taken() -> None:
 
 
 def test_nothing_is_touched_once_the_room_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(at: int, value: int, size: int) -> None:
-        time.sleep(0.1)
+    rooms: list[ahead.Ahead] = []
+
+    def slow(at: int, value: int, size: int) -> None:  # its first piece takes until the room is asked for
+        while not (rooms and rooms[0]._taken.is_set()):
+            time.sleep(0.01)
         memset(at, value, size)
 
     memset = ctypes.memset
     monkeypatch.setattr(ahead.ctypes, "memset", slow)
-    room = ahead.Ahead(512 * MB)
-    taken = room.take(512 * MB)
-    assert taken is not None and room.touched <= 2 * ahead.PIECE
+    rooms.append(ahead.Ahead(512 * MB))
+    taken = rooms[0].take(512 * MB)
+    assert taken is not None and rooms[0].touched <= ahead.PIECE
     bytes_of = torch.frombuffer(taken, dtype=torch.uint8)
     bytes_of[: 64 * MB] = 7  # what a loader writes stays
     time.sleep(0.3)
@@ -109,6 +112,9 @@ def test_the_guess_goes_by_files_flags_and_ranks(tmp_path: Path, monkeypatch: py
     assert of(sparse("Qwen3-Q4_K_M.gguf", 100 * MB), dtype="bfloat16") == 2 * 800 * MB // 5
     assert of(sparse("unnamed.gguf", 100 * MB)) == of(sparse("meta/consolidated.00.pth", 100 * MB).parent) == 100 * MB
     # Nothing where it does not pay, or is not known.
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "model.safetensors")
+    assert of(tmp_path / "pipe") == of(tmp_path / "pipe" / "model.safetensors") == 0
     single = sparse("float/model.safetensors", 200 * MB)
     with single.open("r+b") as file:
         file.write(b'........{"lm_head.weight":{"dtype":"F32","shape":[1]')

@@ -27,7 +27,8 @@ BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0
 def numbers_in(path: Path) -> tuple[float, float]:
     """About how many numbers a checkpoint has, and how many bytes each takes where `--dtype auto` decides on a CPU."""
     try:
-        files = [entry for entry in path.iterdir() if READ.fullmatch(entry.name)] if path.is_dir() else [path]
+        found_here = [entry for entry in path.iterdir() if READ.fullmatch(entry.name)] if path.is_dir() else [path]
+        files = [file for file in found_here if file.is_file()]  # to open a pipe would be to wait
         size = sum(file.stat().st_size for file in files)
         if files and files[0].suffix == ".safetensors":
             with files[0].open("rb") as file:

@@ -13,7 +13,7 @@ static_assert(FEW_PAIRED == 2);
 // Units' sums wait for the tree, up to UNITS of them.
 template <int M, int P>
 INLINE void rows_by_panels_apart(const Job &job, const Wide &x, int64_t n, int64_t apart, Roots &roots) {
-    constexpr int STEP = 8, UNITS = 16;  // numbers along K; units
+    constexpr int STEP = 8, UNITS = 16;  // numbers along K; sums of a row
     const bool whole = job.first < 0;
     const int64_t k = whole ? job.numbers_a_row() : job.unit_numbers(), units = whole ? 1 : job.w.n_units;
     const int64_t words = job.numbers_a_row() / 2, panel = job.panel() * apart;

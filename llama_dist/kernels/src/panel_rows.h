@@ -10,7 +10,7 @@
 namespace {
 
 constexpr int64_t GROUP = 32;      // a unit is filled up to whole groups with zeros
-constexpr int64_t FEW_PAIRED = 2;    // rows for which AMX is not faster, and others call in panels themselves
+constexpr int64_t FEW_PAIRED = 2;    // rows for which AMX is not faster, and others go by panel_few.h
 constexpr int64_t FEW_BY_TILES = DOTS == 1 ? 6 : 16;  // rows that are not multiplied as in panel_tiles.h
 template <class W>
 constexpr bool MULTIPLIED = DOTS && std::is_same_v<W, bf16>;  // by the instructions of dots.h

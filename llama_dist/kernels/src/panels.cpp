@@ -98,7 +98,7 @@ template <class Call> INLINE void by_tiles(int64_t rows, int64_t most, Call call
 }
 
 // All rows of `x`, from number `at` of each on, by P panels, by the instructions of dots.h; fresh sums are not added to. A row
-// or two come here with AMX only.
+// or two come here in AMX's order only; for the other see panel_few.h.
 #if DOTS
 template <int P>
 INLINE void multiplied(const Job &job, const Wide &x, int64_t ldx, int64_t at, const bf16 *w, int64_t panel, int64_t k,
