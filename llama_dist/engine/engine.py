@@ -7,8 +7,10 @@ what was drawn is compared among them every few ticks. It knows token ids; text 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +18,7 @@ from llama_dist.engine import sampler
 from llama_dist.engine.answer import Answer
 from llama_dist.engine.draws import Drawing, begin, settle
 from llama_dist.engine.fault import find_fault
-from llama_dist.engine.foresight import Foreseen, next_tokens
+from llama_dist.engine.foresight import Foreseen, Found, found_in_row, next_tokens
 from llama_dist.engine.logits import shape
 from llama_dist.engine.scheduler import Scheduler, Work
 from llama_dist.engine.scores import Score, scores_of
@@ -31,12 +33,22 @@ from llama_dist.request import Completion, FinishReason, Request, TokenEvent
 from llama_dist.text.base import Tokenizer
 from llama_dist.text.stop import StopMatcher
 
+FEW = 16  # rows of a pass that takes as long as the weights are read
 LOGIT_ROWS = 128  # prompt positions scored at a time, so that scoring needs no prompt x vocabulary buffer
 
 BROKEN = -1  # in a token's place
 
 OnToken = Callable[[TokenEvent], None]
 Ended = tuple[int, Completion]  # by arrival
+
+
+class Computed(NamedTuple):
+    """A tick's work, and where each sequence's tokens end among all; their hidden states, or the likeliest next."""
+
+    batch: list[Work]
+    ends: list[int]
+    hidden: torch.Tensor | None
+    likeliest: list[int] | None = None
 
 
 @dataclass
@@ -53,6 +65,8 @@ class Engine:
     check_every: int
     foresees: bool
     """Begin the next pass before this one's tokens have been seen: for GPUs, which work on meanwhile."""
+    most_passes: int = 1
+    """Of a few rows in one call, where nothing but their likeliest tokens is asked for: for CPUs."""
     answers: dict[str, Answer] = field(default_factory=dict)
     ticks: int = 0
     batch: int = 0
@@ -60,11 +74,17 @@ class Engine:
     new_tokens: int = 0
     cached_tokens: int = 0
     _foreseen: Foreseen | None = None
+    _found: deque[Found] = field(default_factory=deque)
     _digest: hashlib.blake2b = field(default_factory=lambda: hashlib.blake2b(digest_size=8))
 
     @property
     def idle(self) -> bool:
         return self.scheduler.idle
+
+    @property
+    def ahead(self) -> int:
+        """Passes that are done, and that no tick has taken yet."""
+        return len(self._found)
 
     def stats(self) -> EngineStats:
         """Counts since the start, and how full the batch and the cache are now."""
@@ -127,7 +147,7 @@ class Engine:
             return self._tick(on_token)
 
     def _tick(self, on_token: OnToken | None) -> list[Completion]:
-        batch, hidden, ends = self._compute()
+        batch, ends, hidden, likeliest = self._compute()
         self.batch = len(batch)
         done: list[Ended] = []
         drawing: list[tuple[Work, int]] = []
@@ -135,7 +155,7 @@ class Engine:
             answer = self.answers[work.sequence.request.id]
             self._count(work)
             scores = work.sequence.request.params.scores_prompt
-            if scores and not self._score(answer, work, hidden[end - work.length : end]):
+            if scores and hidden is not None and not self._score(answer, work, hidden[end - work.length : end]):
                 done.append(self._break(answer, work))
             elif work.last and len(work.sequence.tokens) < work.sequence.limit:
                 drawing.append((work, end - 1))
@@ -143,20 +163,53 @@ class Engine:
                 self.scheduler.commit(work, None)
                 if work.last:
                     done.append(self._end(answer, "length"))
-        done += self._draw(drawing, hidden, on_token)
+        done += self._draw(drawing, hidden, likeliest, on_token)
         self._check(done)
         return [completion for _, completion in sorted(done, key=lambda end: end[0])]
 
-    def _compute(self) -> tuple[list[Work], torch.Tensor, list[int]]:
-        """The tick's work, hidden states of all its tokens, and where each sequence's end.
-
-        What was begun ahead is taken first, by itself: what has come in between can wait for that little.
-        """
+    def _compute(self) -> Computed:
+        """What was done ahead is taken first, by itself: what has come in between can wait for that little."""
         seen, self._foreseen = self._foreseen, None
         if seen is not None and (rows := seen.rows()):
-            return [seen.works[row] for row in rows], seen.hidden, [row + 1 for row in rows]
+            return Computed([seen.works[row] for row in rows], [row + 1 for row in rows], seen.hidden)
+        known = self._known()
+        if known is not None:
+            return known
         batch = self.scheduler.next_batch()
-        return batch, *self._pass(batch)
+        passes = self._passes(batch)
+        if passes == 1:
+            hidden, ends = self._pass(batch)
+            return Computed(batch, ends, hidden)
+        self._go_on(batch, passes)
+        known = self._known()
+        assert known is not None, f"{passes} passes of {len(batch)} sequences found nothing"
+        return known
+
+    def _known(self) -> Computed | None:
+        """The next of the passes that were one call, if it is of use to any sequence."""
+        while self._found:
+            found = self._found.popleft()
+            if rows := found.rows():
+                likeliest = [found.likeliest[row] for row in rows]
+                return Computed([found.works[row] for row in rows], [*range(1, len(rows) + 1)], None, likeliest)
+        return None
+
+    def _passes(self, batch: list[Work]) -> int:
+        """In how many passes from here on the batch's likeliest tokens are all that is asked for; they are one call."""
+        most = self.most_passes // max(1, -(-len(batch) // FEW))
+        if most <= 1 or not self.model.goes_on(len(batch), self.cache):
+            return 1
+        for work in batch:
+            if not _is_greedy(work) or self.answers[work.sequence.request.id].matcher is not None:
+                return 1
+        return self.scheduler.go_on(batch, most)
+
+    def _go_on(self, batch: list[Work], passes: int) -> None:
+        sequences = [work.sequence for work in batch]
+        rows = [(Span(s.pages, s.cached, 1, s.prompt_len), s.tokens[-1:]) for s in sequences]
+        stops = frozenset[int]().union(*(self.answers[s.request.id].stops for s in sequences))
+        found = self.model.run_on(lay(rows, self.world.device, passes - 1), self.cache, passes, [*stops])
+        self._found.extend(found_in_row(batch, found))
 
     def _pass(self, batch: list[Work], tokens: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
         """Hidden states, and where each sequence's end. `tokens` [len(batch)]: on the device, not known here yet."""
@@ -191,18 +244,27 @@ class Engine:
                 answer.prompt_tops += [tuple(tops)] if top else []
         return True
 
-    def _draw(self, drawing: list[tuple[Work, int]], hidden: torch.Tensor, on_token: OnToken | None) -> list[Ended]:
-        """A token for each sequence that reached its newest one; those that end with it."""
+    def _draw(
+        self,
+        drawing: list[tuple[Work, int]],
+        hidden: torch.Tensor | None,
+        found: list[int] | None,
+        on_token: OnToken | None,
+    ) -> list[Ended]:
+        """A token for each sequence that reached its newest one; those that end with it. `found`: the likeliest."""
         if not drawing:
             return []
-        ends = [at for _, at in drawing]
-        every = ends == [*range(hidden.shape[0])]
-        greedy = every and not self.foresees and all(_is_greedy(work) for work, _ in drawing)
-        found = self.model.greatest(hidden) if greedy else None
         chosen: Sequence[int | RequestError]
+        scores: dict[int, Score] = {}
+        if hidden is not None:
+            ends = [at for _, at in drawing]
+            every = ends == [*range(hidden.shape[0])]
+            greedy = every and not self.foresees and all(_is_greedy(work) for work, _ in drawing)
+            found = self.model.greatest(hidden) if greedy else None
         if found is not None:
-            chosen, scores = found, {}
+            chosen = found
         else:
+            assert hidden is not None, "neither tokens nor hidden states are known"
             logits = self.model.logits(hidden, None if every else ends)
             chosen = self._choose(drawing, logits)
             scores = self._scores(drawing, logits, chosen)

@@ -1,7 +1,10 @@
-"""A pass begun before the host has seen the tokens that it goes on from, so that a GPU does not wait for the host.
+"""Passes done before the host has put the tokens that they go on from to their answers.
 
-They go from one pass to the next on the device. Where the host then finds that an answer has ended, or that a token is
-another one, that row was computed for nothing: what it wrote lies where nobody reads, or is written again first.
+A GPU is not to wait for the host: one pass is begun ahead, and tokens go to it on the device. On a CPU each pass leaves
+the caches full of weights, and what the host does between two finds nothing of its own there: several passes are one
+call, and what belongs between them is done after it, for all of them in a row. Where the host then finds that an answer
+has ended, or that a token is another one, that row was computed for nothing: what it wrote lies where nobody reads, or
+is written again first.
 """
 
 from __future__ import annotations
@@ -28,12 +31,41 @@ class Foreseen:
     hidden: torch.Tensor
 
     def rows(self) -> list[int]:
-        """The rows that are of use: their sequence goes on, and with this token."""
-        return [
-            row
-            for row, (work, token) in enumerate(zip(self.works, self.tokens, strict=True))
-            if work.start == work.sequence.cached and work.sequence.tokens[-1] == token
-        ]
+        """The rows that are of use."""
+        return _of_use(self.works, self.tokens)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A pass of `works`, one token each, `tokens`; after them the likeliest are `likeliest`, -1 where not finite."""
+
+    works: Sequence[Work]
+    tokens: Sequence[int]
+    likeliest: Sequence[int]
+
+    def rows(self) -> list[int]:
+        """The rows that are of use."""
+        return _of_use(self.works, self.tokens)
+
+
+def _of_use(works: Sequence[Work], tokens: Sequence[int]) -> list[int]:
+    """The rows whose sequence goes on, and with this token."""
+    return [
+        row
+        for row, (work, token) in enumerate(zip(works, tokens, strict=True))
+        if work.start == work.sequence.cached and work.sequence.tokens[-1] == token
+    ]
+
+
+def found_in_row(batch: Sequence[Work], found: Sequence[Sequence[int]]) -> list[Found]:
+    """The passes of a batch of one token each, of which each found the tokens of the next."""
+    before = [work.sequence.tokens[-1] for work in batch]
+    passes = []
+    for i, likeliest in enumerate(found):
+        works = [Work(work.sequence, work.start + i, 1) for work in batch]
+        passes.append(Found(works, before, likeliest))
+        before = [*likeliest]
+    return passes
 
 
 def next_tokens(likeliest: torch.Tensor, drawn: Drawing, rows: Sequence[int], going: Sequence[int]) -> torch.Tensor:

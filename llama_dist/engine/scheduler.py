@@ -149,6 +149,23 @@ class Scheduler:
             sequence.pages += [self.table.take() for _ in range(n)]
         return [Work(s, len(s.tokens), 1) for s in going]
 
+    def go_on(self, batch: list[Work], most: int) -> int:
+        """For how many passes, `most` or fewer, all that runs goes on by a token each while no answer is ended.
+
+        None reaches its limit before the last of them, none who waits has a place, and pages for all are taken here.
+        """
+        if [work.sequence for work in batch] != self.running or any(w.length > 1 or not w.last for w in batch):
+            return 1
+        passes = min(most, *(s.limit - len(s.tokens) for s in self.running))
+        if passes <= 1 or (self.waiting and self._admits(self.waiting[0])):
+            return 1
+        needed = [self.table.pages_for(len(s.tokens) + passes - 1) - len(s.pages) for s in self.running]
+        if sum(needed) > self.table.n_free:
+            return 1
+        for sequence, n in zip(self.running, needed, strict=True):
+            sequence.pages += [self.table.take() for _ in range(n)]
+        return passes
+
     def commit(self, work: Work, token: int | None) -> None:
         """The work is computed; `token` was drawn after it, where it reached the newest one and the answer goes on."""
         sequence = work.sequence

@@ -22,6 +22,7 @@ from llama_dist.engine.engine import Engine, OnToken
 from llama_dist.engine.memory import count_pages
 from llama_dist.engine.numerics import find_unsteady, numeric_mode
 from llama_dist.engine.pages import PageTable
+from llama_dist.engine.plan import model_bytes
 from llama_dist.engine.scheduler import Scheduler
 from llama_dist.errors import ConfigError, Halted
 from llama_dist.kernels.quantized import compiled
@@ -42,6 +43,8 @@ from llama_dist.text.base import Tokenizer
 from llama_dist.text.load import find_tokenizer, load_tokenizer, tokenizer_from_gguf
 
 log = logging.getLogger("llama_dist")
+MOST_PASSES = 8
+CALL_BYTES = 3 << 29  # of weights: 50 ms where memory is read at 32 GB/s
 DEFAULT_SEQ_LEN = 4096  # of a run that names none; longer needs --max_seq_len, for the memory it takes
 
 
@@ -202,8 +205,14 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
         run.seed,
         run.check_every,
         foresees=world.device.type == "cuda",
+        most_passes=passes_in_a_call(config, packing.output.bits if packing else 8 * checked.dtype.itemsize),
     )
     return Session(run, world, config, checked.tokenizer, engine, checked.max_seq_len)
+
+
+def passes_in_a_call(config: ModelConfig, bits: int) -> int:
+    """How often weights of so many bits are read in one call at most: so that nobody notices; alike on all ranks."""
+    return max(1, min(MOST_PASSES, 8 * CALL_BYTES // (bits * model_bytes(config, 1))))
 
 
 def refuse_unsteady(model: Transformer, world: World) -> None:

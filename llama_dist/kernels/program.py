@@ -56,6 +56,12 @@ def _compiled() -> Any:
     return build.function("program", c_char_p, c_int64, c_char_p, c_int, c_void_p)
 
 
+@functools.cache
+def _onward() -> Any:
+    numbers = c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int, c_void_p, c_void_p
+    return build.function("passes", c_char_p, c_int64, c_char_p, *numbers)
+
+
 def compiled() -> bool:
     """Whether programs can run here."""
     return _compiled() is not None
@@ -238,21 +244,50 @@ class Program:
 
     def run(self, call: Call, head: bool = True) -> None:
         """Compute all of it for the call's rows, or all before the head. IndexError outside the cache."""
-        assert call.n <= self.most, f"{call.n} rows, room for {self.most}"
-        step = STEP.pack(self.dtype == torch.bfloat16, *call, 0 if self.seconds is None else self.seconds.data_ptr())
+        step = self._step(call)
         for part in self._ready.get(head) or self._make_ready(head):
             if not isinstance(part, tuple):
                 part(call.n)
                 continue
             lost = c_int(0)
-            fault = _compiled()(*part, step, torch.get_num_threads(), byref(lost))
-            if lost.value:
-                assert self._lost is not None
-                raise self._lost(lost.value)
-            if fault:
-                what = f"span {fault - 1} has pages" if fault > 0 else f"token {-fault - 1} has an id, angles or a slot"
-                held = f"{call.vocab} ids, {call.n_slots} slots and {call.n_angles} angles"
-                raise IndexError(f"{what} outside of what there is: {held}")
+            self._refuse(call, _compiled()(*part, step, torch.get_num_threads(), byref(lost)), lost.value)
+
+    @functools.cached_property
+    def goes_on(self) -> bool:
+        """Whether `run_on` serves: it finds the likeliest, and one call does it all. Asked when it is complete."""
+        ready = self._ready.get(True) or self._make_ready(True)
+        return bool(self._found) and len(ready) == 1 and isinstance(ready[0], tuple)
+
+    def run_on(self, call: Call, passes: int, stops: Sequence[int]) -> list[list[int]]:
+        """Up to `passes` runs in one call, each of the tokens that the last found likeliest; these, run by run.
+
+        Every span has one token, whose angles are those of its position, and pages for all runs. What the call has of
+        tokens and spans is written over. It ends early after a run that found one of `stops`, or a row that is not
+        finite (-1). IndexError as from `run`.
+        """
+        assert self.goes_on and call.n == call.spans, f"{call.n} tokens of {call.spans} spans"
+        (part,) = self._ready[True]
+        assert isinstance(part, tuple)
+        lost, done = c_int(0), c_int64(0)
+        ends, drawn = array("q", stops), array("q", bytes(8 * passes * call.n))
+        addresses = self._found[-1].buffer_info()[0], ends.buffer_info()[0], len(ends), drawn.buffer_info()[0]
+        threads = torch.get_num_threads()
+        fault = _onward()(*part, self._step(call), passes, *addresses, threads, byref(lost), byref(done))
+        self._refuse(call, fault, lost.value)
+        return [drawn[i * call.n : (i + 1) * call.n].tolist() for i in range(done.value)]
+
+    def _step(self, call: Call) -> bytes:
+        assert call.n <= self.most, f"{call.n} rows, room for {self.most}"
+        return STEP.pack(self.dtype == torch.bfloat16, *call, 0 if self.seconds is None else self.seconds.data_ptr())
+
+    def _refuse(self, call: Call, fault: int, lost: int) -> None:
+        if lost:
+            assert self._lost is not None
+            raise self._lost(lost)
+        if fault:
+            what = f"span {fault - 1} has pages" if fault > 0 else f"token {-fault - 1} has an id, angles or a slot"
+            held = f"{call.vocab} ids, {call.n_slots} slots and {call.n_angles} angles"
+            raise IndexError(f"{what} outside of what there is: {held}")
 
     def _make_ready(self, head: bool) -> list[tuple[bytes, int] | Callable[[int], None]]:
         n_parts, n_last = (len(self._parts), None) if head else self._headless

@@ -93,8 +93,8 @@ class Laid:
         return Batch(a, b, c, d, self.spans, tables.view(n, self.width), starts, counts, self.stop)
 
 
-def lay(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device) -> Laid:
-    """Lay spans with their tokens end to end."""
+def lay(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device, ahead: int = 0) -> Laid:
+    """Lay spans with their tokens end to end; with the pages of `ahead` tokens more each, and their positions known."""
     tokens: list[int] = []
     positions: list[int] = []
     lengths: list[int] = []
@@ -107,11 +107,11 @@ def lay(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device) -> Lai
         lengths += [max(p + 1, span.prompt_len) for p in places]
         slots += [span.pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in places]
     spans = tuple(span for span, _ in rows)
-    stop = max(span.stop for span in spans)
+    stop = max(span.stop for span in spans) + ahead
     width = -(-stop // PAGE_SIZE)
     numbers: list[int] = []
     for span in spans:
-        held = span.pages[: -(-span.stop // PAGE_SIZE)]
+        held = span.pages[: -(-(span.stop + ahead) // PAGE_SIZE)]
         numbers += held
         numbers += [0] * (width - len(held))
     numbers += [span.start for span in spans]

@@ -250,20 +250,33 @@ class Transformer(nn.Module):
         layers: list[Block] = list(self.layers)  # type: ignore[arg-type]
         return [*(layer.attention_norm for layer in layers), self.norm]
 
+    def goes_on(self, n: int, cache: KVCache) -> bool:
+        """Whether `run_on` serves n sequences over this cache."""
+        own = self.program
+        return own is not None and own[0] is cache and n <= own[1].most and own[1].goes_on and not self.rope.dynamic
+
+    def run_on(self, laid: Laid, cache: KVCache, passes: int, stops: Sequence[int]) -> list[list[int]]:
+        """`forward` and `greatest` up to `passes` times in one call, each time of the tokens found before; these.
+
+        Laid is one token a sequence, with `passes` - 1 ahead, and written over. It ends early after a pass that found
+        one of `stops`, or a row that is not finite. Hidden states and logits are of no pass.
+        """
+        assert self.program is not None
+        self._last.scored = self._last.parts = self._last.likeliest = None
+        cos, sin = self.rope.known(laid.stop)
+        positions = laid.of_tokens.buffer_info()[0] + INT64 * laid.n
+        return self.program[1].run_on(self._call(laid, cache, positions, cos, sin), passes, stops)
+
     def _run(self, program: Program, laid: Laid, cache: KVCache, scored: bool) -> torch.Tensor:
-        n, n_spans, vocab = laid.n, len(laid.spans), self.config.vocab_size
-        tokens, tables = laid.of_tokens.buffer_info()[0], laid.of_spans.buffer_info()[0]
-        starts = tables + INT32 * n_spans * laid.width
-        slots, counts = tokens + 3 * INT64 * n, starts + INT32 * n_spans
+        n, vocab = laid.n, self.config.vocab_size
         if self.rope.dynamic:
             cos, sin = self.rope.angles(laid.batch.positions, laid.batch.lengths, laid.stop)
             held = array("q", range(n))
             rows = held.buffer_info()[0]
         else:
             cos, sin = self.rope.known(laid.stop)
-            rows = tokens + INT64 * n  # the positions
-        sizes = (n, n_spans, laid.width, cache.n_pages * PAGE_SIZE, vocab, cos.shape[0])
-        program.run(Call(*sizes, tokens, slots, rows, tables, starts, counts, cos.data_ptr(), sin.data_ptr()), scored)
+            rows = laid.of_tokens.buffer_info()[0] + INT64 * n  # the positions
+        program.run(self._call(laid, cache, rows, cos, sin), scored)
         if n not in self._views:
             parts = program.rows("logits", self.output.output_size_per_partition)[:n]
             self._views[n] = (
@@ -278,6 +291,15 @@ class Transformer(nn.Module):
                 self._last.parts = hidden, logits
             self._last.likeliest = self._found
         return hidden
+
+    def _call(self, laid: Laid, cache: KVCache, rows: int, cos: torch.Tensor, sin: torch.Tensor) -> Call:
+        """What a program is told of them; `rows`: where it stands which of cos and sin each token's are."""
+        n, n_spans = laid.n, len(laid.spans)
+        tokens, tables = laid.of_tokens.buffer_info()[0], laid.of_spans.buffer_info()[0]
+        starts = tables + INT32 * n_spans * laid.width
+        slots, counts = tokens + 3 * INT64 * n, starts + INT32 * n_spans
+        sizes = (n, n_spans, laid.width, cache.n_pages * PAGE_SIZE, self.config.vocab_size, cos.shape[0])
+        return Call(*sizes, tokens, slots, rows, tables, starts, counts, cos.data_ptr(), sin.data_ptr())
 
     def logits(self, hidden: torch.Tensor, rows: list[int] | None = None) -> torch.Tensor:
         """Hidden states [n, dim] -> logits [n, vocab_size] in the weights' dtype, whole on every rank.

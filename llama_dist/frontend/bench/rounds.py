@@ -192,7 +192,11 @@ def profile(player: Player) -> tuple[dict[int, dict[str, float]], float | None]:
 def _profile_steps(player: Player) -> tuple[dict[str, float], float]:
     if player.session.world.device.type == "cuda":
         return profile_device(lambda: player.steps(PROFILED))
-    with timed(player.session.engine.model) as clock:
+    engine = player.session.engine
+    with timed(engine.model) as clock:
+        before = engine.ahead
         player.steps(PROFILED)
+        passes = PROFILED - before + engine.ahead
     whole = sum(clock.seconds.values())
-    return {label: seconds / whole for label, seconds in clock.seconds.items()}, clock.seconds.get(REDUCTIONS, 0.0)
+    shares = {label: seconds / whole for label, seconds in clock.seconds.items()}
+    return shares, clock.seconds.get(REDUCTIONS, 0.0) * PROFILED / max(1, passes)

@@ -33,6 +33,7 @@ TARGETS = (
     ("engine.engine", "lay", PYTHON),
     ("engine.sampler", "sample", SAMPLING),
     ("model.transformer", "Transformer.forward", FORWARD),
+    ("model.transformer", "Transformer.run_on", FORWARD),
     ("model.transformer", "Transformer.logits", LOGITS),
     ("model.rope", "Rope.angles", SMALL),
     ("parallel.layers", "VocabParallelEmbedding.forward", SMALL),

@@ -12,7 +12,6 @@
 
 namespace {
 
-constexpr int PAGE = WIDTH;
 constexpr int MAX_DIM = 256;
 constexpr int SEGMENT = 512;  // keys, after which partial results are merged: threads may share a long sequence
 constexpr int BLOCK = 64;     // keys whose scores are weighed at once where numbers are widened

@@ -16,8 +16,10 @@ struct Op {
 // and sin. Where there is room for them, the seconds that each operation takes are added to `seconds`, at its clock.
 struct Step {
     int64_t is_bf16, n, spans, max_pages, n_slots, vocab, n_angles;
-    const int64_t *tokens, *slots, *angles;
-    const int *tables, *starts, *lengths;
+    int64_t *tokens, *slots, *angles;
+    const int *tables;
+    int *starts;
+    const int *lengths;
     const float *cos, *sin;
     double *seconds;
 };

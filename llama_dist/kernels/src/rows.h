@@ -29,6 +29,7 @@
 namespace {
 
 constexpr int WIDTH = 16;
+constexpr int PAGE = WIDTH;  // slots of a page of the cache
 
 struct bf16 {
     uint16_t bits;
