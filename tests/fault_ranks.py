@@ -49,7 +49,7 @@ class Ended:
 
 def plant(fault: Fault, mark: Path) -> None:
     """Put the fault into this process; `mark` is touched when it strikes."""
-    from llama_dist.engine.engine import Engine
+    from llama_dist.engine.engine import Computed, Engine
     from llama_dist.frontend.batch import desk
     from llama_dist.model.transformer import Transformer
     from llama_dist.parallel.watch import Watch
@@ -59,7 +59,7 @@ def plant(fault: Fault, mark: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.tick, resource.RLIM_INFINITY))
         mark.touch()
         return
-    step, choose, greatest = Engine.step, Engine._choose, Transformer.greatest
+    step, choose, known, greatest = Engine.step, Engine._choose, Engine._known, Transformer.greatest
     strikes: list[bool] = []
 
     def act() -> None:
@@ -99,6 +99,10 @@ def plant(fault: Fault, mark: Path) -> None:
         mark.touch()
         return [(token + 1) % 200 for token in tokens]
 
+    def other_known(self: Engine) -> Computed | None:
+        found = known(self)
+        return found and found._replace(likeliest=others(found.likeliest))
+
     def late_detach(self: Watch) -> None:
         board = self._board
         assert board is not None
@@ -118,6 +122,7 @@ def plant(fault: Fault, mark: Path) -> None:
     if fault.kind == "other":
         Engine._choose = lambda *args: others(choose(*args))  # type: ignore[method-assign]
         Transformer.greatest = lambda *args: others(greatest(*args))  # type: ignore[method-assign]
+        Engine._known = other_known  # type: ignore[method-assign]
 
 
 def _rank(env: dict[str, str], argv: Sequence[str], fault: Fault | None, log: str, mark: str) -> None:
