@@ -77,10 +77,13 @@ class SamplingParams:
     @property
     def shapes_logits(self) -> bool:
         """Whether anything beyond temperature and top_p stands between the model's logits and the draw."""
+        return bool(self.top_k or self.min_p or self.edits_logits)
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether logits become others before filters are looked at."""
         return bool(
-            self.top_k
-            or self.min_p
-            or self.presence_penalty
+            self.presence_penalty
             or self.frequency_penalty
             or self.repetition_penalty != 1
             or self.logit_bias

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from llama_dist.engine import sampler
 from llama_dist.engine.engine import Engine
 from llama_dist.engine.foresight import Found
 from llama_dist.model.cache import PAGE_SIZE, Span, lay
@@ -20,7 +21,13 @@ from tests.jobs import Ask, open_for
 def answers(folder: str, prompts: Prompts, run: Run, most: int) -> tuple[list[Row], dict[str, int], int]:
     """Rows, of what use the passes of a call were, and the ticks that it took."""
     engine = engine_for(folder, run)
-    engine.most_passes, counts = most, count(Found)
+    engine.most_passes, counts, sample = most, count(Found), sampler.sample
+
+    def left(*args: Any) -> int:
+        counts["left"] += 1
+        return sample(*args)
+
+    sampler.sample = left
     rows = answer_all(engine, prompts)
     assert engine.ahead == 0 and engine.scheduler.table.n_held == 0
     return rows, dict(counts), engine.ticks

@@ -22,13 +22,23 @@ spmd = pytest.mark.spmd
 TWO = {**RUNS, "float32": Run({"max_batch_size": 5, "dtype": "float32"})}
 
 
-def greedy_requests(n: int) -> list[tuple[list[int], dict[str, Any]]]:
-    """Most ask for the likeliest tokens alone, and end by limits and stop ids; some are drawn, or have stop strings."""
+DRAWN: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.6},
+    {"temperature": 1.1, "top_k": 20, "min_p": 0.01},
+    {"temperature": 0.7, "top_p": 1.0, "seed": 5},
+]
+
+
+def plain_requests(n: int, kinds: int) -> list[tuple[list[int], dict[str, Any]]]:
+    """Most ask for tokens alone, drawn in so many ways, and end by limits and stop ids; some ask for more."""
     out = []
     for i, (ids, params) in enumerate(some_requests(n)):
         if i % 17:
             ends = tuple(range(20 + i % 7, 290, 11)) if i % 3 else ()
-            params = {"max_tokens": 1 + 7 * i % 23, "temperature": 0.0, "stop_token_ids": ends}
+            params = {"max_tokens": 1 + 7 * i % 23, "stop_token_ids": ends, **DRAWN[i % kinds]}
+        if kinds > 1 and i % 23 == 3:
+            params = {**params, "temperature": 0.8, "top_k": 270}  # of more than C++ draws from
         if i % 29 == 10:
             params = {**params, "prompt_logprobs": True}
         out.append((ids, params))
@@ -36,23 +46,26 @@ def greedy_requests(n: int) -> list[tuple[list[int], dict[str, Any]]]:
 
 
 @spmd
+@pytest.mark.parametrize("kinds", [1, len(DRAWN)], ids=["likeliest", "drawn"])
 @pytest.mark.parametrize("name", TWO)
-def test_no_answer_changes(checkpoint: Saver, name: str) -> None:
+def test_no_answer_changes(checkpoint: Saver, name: str, kinds: int) -> None:
     need_kernels()
-    folder, asked = str(checkpoint(CASE, "hf")), greedy_requests(120)
+    folder, asked = str(checkpoint(CASE, "hf")), plain_requests(200, kinds)
     [(plain, none, one_by_one)] = run_ranks(1, answers, folder, asked, TWO[name], 1)
     [(rows, counts, ticks)] = run_ranks(1, answers, folder, asked, TWO[name], 5)
     assert rows == plain and not none
     if name != "sixty-four":  # where next to nothing is done by few rows
         assert counts["whole"] > 10 and counts.get("none", 0) == 0, counts
+        assert (kinds == 1) == (counts.get("left", 0) == 0), "the sampler was not asked"
     assert ticks == one_by_one or "one at" not in name  # a tick is a token still
 
 
 @spmd
+@pytest.mark.parametrize("kinds", [1, len(DRAWN)], ids=["likeliest", "drawn"])
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_take_the_same_passes(checkpoint: Saver, world: int) -> None:
+def test_ranks_take_the_same_passes(checkpoint: Saver, world: int, kinds: int) -> None:
     need_kernels()
-    folder, asked, run = str(checkpoint(CASE, "hf")), greedy_requests(60), RUNS["small cache, chunks, shared"]
+    folder, asked, run = str(checkpoint(CASE, "hf")), plain_requests(60, kinds), RUNS["small cache, chunks, shared"]
     [(plain, _, _), *_] = run_ranks(world, answers, folder, asked, run, 1)
     ranks = run_ranks(world, answers, folder, asked, run, 8)
     assert all(found == ranks[0] for found in ranks)

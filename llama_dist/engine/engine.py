@@ -24,6 +24,7 @@ from llama_dist.engine.scheduler import Scheduler, Work
 from llama_dist.engine.scores import Score, scores_of
 from llama_dist.engine.stats import EngineStats
 from llama_dist.errors import RequestError
+from llama_dist.kernels.program import LEFT
 from llama_dist.kernels.told import Told
 from llama_dist.model.cache import KVCache, Span, lay
 from llama_dist.model.transformer import Transformer
@@ -43,12 +44,12 @@ Ended = tuple[int, Completion]  # by arrival
 
 
 class Computed(NamedTuple):
-    """A tick's work, and where each sequence's tokens end among all; their hidden states, or the likeliest next."""
+    """A tick's work, and where each sequence's tokens end among all; their hidden states, or what comes next."""
 
     batch: list[Work]
     ends: list[int]
     hidden: torch.Tensor | None
-    likeliest: list[int] | None = None
+    tokens: list[int] | None = None
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Engine:
     foresees: bool
     """Begin the next pass before this one's tokens have been seen: for GPUs, which work on meanwhile."""
     most_passes: int = 1
-    """Of a few rows in one call, where nothing but their likeliest tokens is asked for: for CPUs."""
+    """Of a few rows in one call, where nothing but their tokens is asked for: for CPUs."""
     answers: dict[str, Answer] = field(default_factory=dict)
     ticks: int = 0
     batch: int = 0
@@ -147,7 +148,7 @@ class Engine:
             return self._tick(on_token)
 
     def _tick(self, on_token: OnToken | None) -> list[Completion]:
-        batch, ends, hidden, likeliest = self._compute()
+        batch, ends, hidden, tokens = self._compute()
         self.batch = len(batch)
         done: list[Ended] = []
         drawing: list[tuple[Work, int]] = []
@@ -163,7 +164,7 @@ class Engine:
                 self.scheduler.commit(work, None)
                 if work.last:
                     done.append(self._end(answer, "length"))
-        done += self._draw(drawing, hidden, likeliest, on_token)
+        done += self._draw(drawing, hidden, tokens, on_token)
         self._check(done)
         return [completion for _, completion in sorted(done, key=lambda end: end[0])]
 
@@ -190,25 +191,36 @@ class Engine:
         while self._found:
             found = self._found.popleft()
             if rows := found.rows():
-                likeliest = [found.likeliest[row] for row in rows]
-                return Computed([found.works[row] for row in rows], [*range(1, len(rows) + 1)], None, likeliest)
+                next_ones = [found.found[row] for row in rows]
+                return Computed([found.works[row] for row in rows], [*range(1, len(rows) + 1)], None, next_ones)
         return None
 
     def _passes(self, batch: list[Work]) -> int:
-        """In how many passes from here on the batch's likeliest tokens are all that is asked for; they are one call."""
+        """In how many passes from here on only tokens are asked for, by the model's own logits; they are one call."""
         most = self.most_passes // max(1, -(-len(batch) // FEW))
         if most <= 1 or not self.model.goes_on(len(batch), self.cache):
             return 1
         for work in batch:
-            if not _is_greedy(work) or self.answers[work.sequence.request.id].matcher is not None:
+            params = work.sequence.request.params
+            if params.edits_logits or params.logprobs or self.answers[work.sequence.request.id].matcher is not None:
                 return 1
         return self.scheduler.go_on(batch, most)
 
     def _go_on(self, batch: list[Work], passes: int) -> None:
         sequences = [work.sequence for work in batch]
         rows = [(Span(s.pages, s.cached, 1, s.prompt_len), s.tokens[-1:]) for s in sequences]
-        stops = frozenset[int]().union(*(self.answers[s.request.id].stops for s in sequences))
-        found = self.model.run_on(lay(rows, self.world.device, passes - 1), self.cache, passes, [*stops])
+        answers = [self.answers[s.request.id] for s in sequences]
+        stops = frozenset[int]().union(*(answer.stops for answer in answers))
+        chances = None
+        if any(s.request.params.temperature for s in sequences):
+            chances = [sampler.chance(answer.sequence.request.params, answer.seed) for answer in answers]
+        laid = lay(rows, self.world.device, passes - 1)
+        found = self.model.run_on(laid, self.cache, passes, [*stops], chances)
+        for i, token in enumerate(found[-1]):
+            if token == LEFT:
+                s, at = sequences[i], len(sequences[i].tokens) + len(found) - 1
+                row = self.model.drawn_from(i).float()
+                found[-1][i] = sampler.sample(row, s.request.params, answers[i].seed, at)
         self._found.extend(found_in_row(batch, found))
 
     def _pass(self, batch: list[Work], tokens: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
@@ -251,7 +263,7 @@ class Engine:
         found: list[int] | None,
         on_token: OnToken | None,
     ) -> list[Ended]:
-        """A token for each sequence that reached its newest one; those that end with it. `found`: the likeliest."""
+        """A token for each sequence that reached its newest one; those that end with it. `found`: these."""
         if not drawing:
             return []
         chosen: Sequence[int | RequestError]

@@ -37,11 +37,11 @@ class Foreseen:
 
 @dataclass(frozen=True)
 class Found:
-    """A pass of `works`, one token each, `tokens`; after them the likeliest are `likeliest`, -1 where not finite."""
+    """A pass of `works`, one token each, `tokens`; after them come those `found`, -1 where a row is not finite."""
 
     works: Sequence[Work]
     tokens: Sequence[int]
-    likeliest: Sequence[int]
+    found: Sequence[int]
 
     def rows(self) -> list[int]:
         """The rows that are of use."""
@@ -61,10 +61,10 @@ def found_in_row(batch: Sequence[Work], found: Sequence[Sequence[int]]) -> list[
     """The passes of a batch of one token each, of which each found the tokens of the next."""
     before = [work.sequence.tokens[-1] for work in batch]
     passes = []
-    for i, likeliest in enumerate(found):
+    for i, after in enumerate(found):
         works = [Work(work.sequence, work.start + i, 1) for work in batch]
-        passes.append(Found(works, before, likeliest))
-        before = [*likeliest]
+        passes.append(Found(works, before, after))
+        before = [*after]
     return passes
 
 

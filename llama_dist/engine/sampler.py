@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from llama_dist.kernels.program import Chance
 from llama_dist.kernels.steady import steady
 from llama_dist.request import SamplingParams
 
@@ -58,6 +59,11 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 def noise_key(seed: int, position: int) -> int:
     """What the noise of a position is a hash of, beside the token's id: 64 bits, unsigned."""
     return mix(mix(seed + GOLDEN) + GOLDEN * (position + 1))
+
+
+def chance(params: SamplingParams, seed: int) -> Chance:
+    """What is drawn of a sequence's rows, whatever their position."""
+    return Chance(mix(seed + GOLDEN), params.top_k, params.temperature, params.top_p, params.min_p)
 
 
 def gumbel(seed: int, position: int, ids: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import functools
 import struct
 from array import array
 from collections.abc import Callable, Sequence
-from ctypes import byref, c_char_p, c_int, c_int64, c_void_p
+from ctypes import byref, c_char_p, c_int, c_int64, c_void_p, cast
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,8 @@ NORM, ROPE, ATTEND, GATE, PLANES, PACKED, SHARED_SUM, SHARED_PLANES, EMBED, LIKE
 HEAD, CLOCKS = 11, 12
 OP = struct.Struct("=16q")
 STEP = struct.Struct("=16q")
+CHANCE, ONWARD = struct.Struct("=Qqddd"), struct.Struct("=12q")  # as in passes.cpp
+LEFT = -2  # in a token's place: left to the sampler
 
 
 class Call(NamedTuple):
@@ -51,6 +53,16 @@ class Call(NamedTuple):
     sin: int
 
 
+class Chance(NamedTuple):
+    """How a sequence's tokens are drawn: its seed's part of `sampler.noise_key`, the others as in SamplingParams."""
+
+    seed: int
+    top_k: int
+    temperature: float
+    top_p: float
+    min_p: float
+
+
 @functools.cache
 def _compiled() -> Any:
     return build.function("program", c_char_p, c_int64, c_char_p, c_int, c_void_p)
@@ -58,8 +70,7 @@ def _compiled() -> Any:
 
 @functools.cache
 def _onward() -> Any:
-    numbers = c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int, c_void_p, c_void_p
-    return build.function("passes", c_char_p, c_int64, c_char_p, *numbers)
+    return build.function("passes", c_char_p, c_int64, c_char_p, c_char_p, c_int, c_void_p, c_void_p)
 
 
 def compiled() -> bool:
@@ -89,6 +100,7 @@ class Program:
         self._rows: dict[str, torch.Tensor] = {}
         self._held: list[torch.Tensor] = []
         self._found: list[array[int]] = []
+        self._logits: tuple[int, ...] = ()  # as in passes.cpp
         self.seconds: torch.Tensor | None = None
         self._lost: Callable[[int], Exception] | None = None
 
@@ -200,6 +212,7 @@ class Program:
         """Room [most] for the number of the greatest of each row's first n entries (`kernels.single.likeliest`)."""
         found = array("q", bytes(8 * self.most))
         self._found.append(found)
+        self._logits = x.data_ptr(), x.stride(0), 1, 0, 0, 0
         self._add(LIKELIEST, x, x.stride(0), n, found.buffer_info()[0])
         return found
 
@@ -209,15 +222,18 @@ class Program:
         n: int,
         first: int,
         found: array[int],
+        whole: torch.Tensor,
         segment: int,
         rank: int,
         lost: Callable[[int], Exception],
     ) -> None:
         """What `likeliest` has found among x's first n entries becomes the likeliest of all ranks' entries.
 
-        Number `first` of these, in the order of ranks, is this rank's first.
+        Number `first` of these, in the order of ranks, is this rank's first. `whole` [most, ranks * width of x]: where
+        `run_on` puts the rows of all.
         """
         self._lost = lost
+        self._logits = x.data_ptr(), x.stride(0), whole.shape[1] // x.shape[1], whole.data_ptr(), segment, rank
         self._add(SHARED_LIKELIEST, segment, rank, x, x.stride(0), n, first, found.buffer_info()[0])
 
     def shared_sum(self, x: torch.Tensor, segment: int, rank: int, lost: Callable[[int], Exception]) -> None:
@@ -258,23 +274,28 @@ class Program:
         ready = self._ready.get(True) or self._make_ready(True)
         return bool(self._found) and len(ready) == 1 and isinstance(ready[0], tuple)
 
-    def run_on(self, call: Call, passes: int, stops: Sequence[int]) -> list[list[int]]:
-        """Up to `passes` runs in one call, each of the tokens that the last found likeliest; these, run by run.
+    def run_on(
+        self, call: Call, passes: int, stops: Sequence[int], chances: Sequence[Chance] | None
+    ) -> list[list[int]]:
+        """Up to `passes` runs in one call, each of the tokens that the last has found; these, run by run.
 
-        Every span has one token, whose angles are those of its position, and pages for all runs. What the call has of
-        tokens and spans is written over. It ends early after a run that found one of `stops`, or a row that is not
-        finite (-1). IndexError as from `run`.
+        They are the likeliest, or with a chance for each row drawn. Every span has one token, whose angles are those of
+        its position, and pages for all runs; what the call has of tokens and spans is written over. It ends early after
+        a run that found one of `stops`, a row that is not finite (-1), or one that the sampler is to draw from (LEFT).
+        IndexError as from `run`.
         """
-        assert self.goes_on and call.n == call.spans, f"{call.n} tokens of {call.spans} spans"
+        assert self.goes_on and call.n == call.spans and self._logits, f"{call.n} tokens of {call.spans} spans"
         (part,) = self._ready[True]
         assert isinstance(part, tuple)
         lost, done = c_int(0), c_int64(0)
-        ends, drawn = array("q", stops), array("q", bytes(8 * passes * call.n))
-        addresses = self._found[-1].buffer_info()[0], ends.buffer_info()[0], len(ends), drawn.buffer_info()[0]
-        threads = torch.get_num_threads()
-        fault = _onward()(*part, self._step(call), passes, *addresses, threads, byref(lost), byref(done))
+        ends, tokens = array("q", stops), array("q", bytes(8 * passes * call.n))
+        odds = b"".join(CHANCE.pack(*chance) for chance in chances or ())
+        held = c_char_p(odds)  # alive until it has been read
+        addresses = self._found[-1].buffer_info()[0], ends.buffer_info()[0], len(ends), tokens.buffer_info()[0]
+        onward = ONWARD.pack(passes, *addresses, cast(held, c_void_p).value if chances else 0, *self._logits)
+        fault = _onward()(*part, self._step(call), onward, torch.get_num_threads(), byref(lost), byref(done))
         self._refuse(call, fault, lost.value)
-        return [drawn[i * call.n : (i + 1) * call.n].tolist() for i in range(done.value)]
+        return [tokens[i * call.n : (i + 1) * call.n].tolist() for i in range(done.value)]
 
     def _step(self, call: Call) -> bytes:
         assert call.n <= self.most, f"{call.n} rows, room for {self.most}"

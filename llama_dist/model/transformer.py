@@ -13,7 +13,7 @@ from torch import nn
 from llama_dist.config import ModelConfig
 from llama_dist.kernels import program as programs
 from llama_dist.kernels.attention import compiled_for, paged
-from llama_dist.kernels.program import Call, Program
+from llama_dist.kernels.program import Call, Chance, Program
 from llama_dist.kernels.quantized import compiled
 from llama_dist.kernels.single import found_of, likeliest
 from llama_dist.kernels.told import sent
@@ -255,17 +255,28 @@ class Transformer(nn.Module):
         own = self.program
         return own is not None and own[0] is cache and n <= own[1].most and own[1].goes_on and not self.rope.dynamic
 
-    def run_on(self, laid: Laid, cache: KVCache, passes: int, stops: Sequence[int]) -> list[list[int]]:
-        """`forward` and `greatest` up to `passes` times in one call, each time of the tokens found before; these.
+    def run_on(
+        self, laid: Laid, cache: KVCache, passes: int, stops: Sequence[int], chances: Sequence[Chance] | None = None
+    ) -> list[list[int]]:
+        """`forward` up to `passes` times in one call, each time of the tokens found before; these (`Program.run_on`).
 
-        Laid is one token a sequence, with `passes` - 1 ahead, and written over. It ends early after a pass that found
-        one of `stops`, or a row that is not finite. Hidden states and logits are of no pass.
+        Laid is one token a sequence, with `passes` - 1 ahead, and written over. Of hidden states and logits nothing is
+        kept, but for `drawn_from`.
         """
         assert self.program is not None
         self._last.scored = self._last.parts = self._last.likeliest = None
         cos, sin = self.rope.known(laid.stop)
         positions = laid.of_tokens.buffer_info()[0] + INT64 * laid.n
-        return self.program[1].run_on(self._call(laid, cache, positions, cos, sin), passes, stops)
+        return self.program[1].run_on(self._call(laid, cache, positions, cos, sin), passes, stops, chances)
+
+    def drawn_from(self, row: int) -> torch.Tensor:
+        """The logits [vocab] that the last pass of `run_on` with chances drew from."""
+        assert self.program is not None
+        program, width = self.program[1], self.output.output_size_per_partition
+        rows = (
+            program.rows("logits", width) if self.n_ranks == 1 else program.rows("whole logits", width * self.n_ranks)
+        )
+        return rows[row, : self.config.vocab_size]
 
     def _run(self, program: Program, laid: Laid, cache: KVCache, scored: bool) -> torch.Tensor:
         n, vocab = laid.n, self.config.vocab_size

@@ -185,7 +185,8 @@ class OutputLinear(ColumnParallelLinear):
         if memory is None:
             return None
         found = program.likeliest(logits, stop - first)
-        program.shared_likeliest(logits, stop - first, first, found, memory.address, memory.rank, memory.lost)
+        whole = program.rows("whole logits", logits.shape[1] * fs.get_model_parallel_world_size())
+        program.shared_likeliest(logits, stop - first, first, found, whole, memory.address, memory.rank, memory.lost)
         return found
 
 

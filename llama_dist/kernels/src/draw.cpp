@@ -4,24 +4,17 @@
 // The draw is the greatest of logit / temperature + noise among the tokens that the filters keep. Noise is found by bounds: a
 // hash that ends v below the greatest gives at most -log(v), so most tokens are out by one product. Filters keep the likeliest
 // tokens up to some place: the greatest of all is drawn if it is kept, else only tokens likelier than it are in question.
+#include "draw.h"
+
 #include "likely.h"
 
 namespace {
 
-constexpr int64_t UNSURE = -1;
 constexpr int64_t MOST_K = 256;      // of top_k; for more the definition serves
 constexpr double MASS = 1e-4;        // far more than a sum of floats is off
 constexpr double NOISE = 1e-9;       // far more than two logarithms are off
 constexpr double SMALLEST = 1e-6;    // of |logit / temperature|: of smaller ones two may differ and be as likely
 constexpr float SLACK = 1.001f;      // more than a weight is off
-
-// Drawn from `row`, logits; key is that of the noise. As kernels/draw.py packs it.
-struct Draw {
-    const void *row;
-    int64_t is_bf16, top_k;
-    uint64_t key;
-    double temperature, top_p, min_p;
-};
 
 INLINE uint64_t hash(uint64_t key, uint64_t token) {
     uint64_t x = key + (token + 1) * 0x9E3779B97F4A7C15u;
@@ -162,7 +155,6 @@ template <class T> int64_t draw(const Draw &d, int64_t n) {
 
 }  // namespace
 
-// found[i]: the token drawn of row i's n logits, or UNSURE.
 extern "C" int llama_dist_draw(const Draw *draws, int64_t m, int64_t n, int64_t *found, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && m > 1)
     for (int64_t i = 0; i < m; i++) found[i] = draws[i].is_bf16 ? draw<bf16>(draws[i], n) : draw<float>(draws[i], n);

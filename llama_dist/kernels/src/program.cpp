@@ -157,8 +157,6 @@ bool run_two(const Op *ops, const Step &step, int threads, Coming &coming) {
 
 }  // namespace
 
-// Returns 0, or -(1 + the first token whose id, slot or angles are none), or 1 + the first span whose pages are not in the
-// cache: then nothing is computed. `lost` becomes what a round among ranks ended with (shared.h).
 extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step, int threads, int *lost) {
     auto within = [](int64_t at, int64_t size) { return at >= 0 && at < size; };
     for (int64_t i = 0; i < step->n; i++)
@@ -192,28 +190,5 @@ extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step
         }
     }
     *lost = fault;
-    return 0;
-}
-
-// As the other, up to `passes` times, in which each span has one token: after the first what the last pass left at `found`, one
-// further on. Puts these [passes, n] at `drawn`; ends early where one is none, or among the stops. `done`: how many passes.
-// The step's arrays are written over.
-extern "C" int llama_dist_passes(const Op *ops, int64_t n_ops, Step *step, int64_t passes, const int64_t *found,
-                                 const int64_t *stops, int64_t n_stops, int64_t *drawn, int threads, int *lost, int64_t *done) {
-    const int64_t n = step->n;
-    auto ends = [&](int64_t token) { return token < 0 || std::find(stops, stops + n_stops, token) != stops + n_stops; };
-    for (*done = 0; *done < passes;) {
-        if (int fault = llama_dist_program(ops, n_ops, step, threads, lost)) return fault;
-        if (*lost) return 0;
-        std::copy_n(found, n, drawn + (*done)++ * n);
-        if (*done == passes || std::any_of(found, found + n, ends)) return 0;
-        for (int64_t i = 0; i < n; i++) {
-            const int64_t at = ++step->starts[i];
-            if (at / PAGE >= step->max_pages) return int(i) + 1;
-            step->tokens[i] = found[i];
-            step->angles[i] = at;
-            step->slots[i] = step->tables[i * step->max_pages + at / PAGE] * PAGE + at % PAGE;
-        }
-    }
     return 0;
 }

@@ -23,3 +23,7 @@ struct Step {
     const float *cos, *sin;
     double *seconds;
 };
+
+// Returns 0, or -(1 + the first token whose id, slot or angles are none), or 1 + the first span whose pages are not in the
+// cache: then nothing is computed. `lost` becomes what a round among ranks ended with (shared.h).
+extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step, int threads, int *lost);
