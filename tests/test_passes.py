@@ -54,7 +54,7 @@ def test_no_answer_changes(checkpoint: Saver, name: str, kinds: int) -> None:
     [(plain, none, one_by_one)] = run_ranks(1, answers, folder, asked, TWO[name], 1)
     [(rows, counts, ticks)] = run_ranks(1, answers, folder, asked, TWO[name], 5)
     assert rows == plain and not none
-    if name != "sixty-four":  # where next to nothing is done by few rows
+    if name not in ("sixty-four", "chunks of eight"):  # where few ticks are of few rows, and read no prompt
         assert counts["whole"] > 10 and counts.get("none", 0) == 0, counts
         assert (kinds == 1) == (counts.get("left", 0) == 0), "the sampler was not asked"
     assert ticks == one_by_one or "one at" not in name  # a tick is a token still
