@@ -11,7 +11,7 @@ import torch
 from llama_dist.engine import draws
 from llama_dist.engine import engine as engine_module
 from llama_dist.engine.engine import Engine
-from llama_dist.engine.foresight import Foreseen, Found
+from llama_dist.engine.foresight import Foreseen, Pass
 from llama_dist.engine.sampler import Wanted
 from llama_dist.kernels.draw import UNSURE
 from llama_dist.model import recordings, transformer
@@ -32,7 +32,7 @@ def by_recordings(self: transformer.Transformer, cache: KVCache, max_seq_len: in
     self.record(cache, max_seq_len, again if device.type == "cpu" else recordings.recorder(device))
 
 
-def count(kind: type[Foreseen] | type[Found] = Foreseen) -> Counter[str]:
+def count(kind: type[Foreseen] | type[Pass] = Foreseen) -> Counter[str]:
     """Of how many passes of that kind the whole is of use from now on, or a part, or none."""
     found: Counter[str] = Counter()
     rows_of: Callable[[Any], list[int]] = kind.rows

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from llama_dist.engine import engine as engine_module
 from llama_dist.engine import sampler
-from llama_dist.engine.engine import Engine
-from llama_dist.engine.foresight import Found
-from llama_dist.model.cache import PAGE_SIZE, Span, lay
+from llama_dist.engine.calls import Calls
+from llama_dist.engine.foresight import Pass
+from llama_dist.model.cache import PAGE_SIZE, Laid, Span, lay
+from llama_dist.quant.packed import Packed
 from llama_dist.request import Request, SamplingParams
 from tests.engine_jobs import Prompts, Row, Run, answer_all, engine_for
 from tests.foresight_jobs import count
@@ -21,13 +23,14 @@ from tests.jobs import Ask, open_for
 def answers(folder: str, prompts: Prompts, run: Run, most: int) -> tuple[list[Row], dict[str, int], int]:
     """Rows, of what use the passes of a call were, and the ticks that it took."""
     engine = engine_for(folder, run)
-    engine.most_passes, counts, sample = most, count(Found), sampler.sample
+    engine.calls, counts, sample = Calls(most), count(Pass), sampler.sample
 
     def left(*args: Any) -> int:
         counts["left"] += 1
         return sample(*args)
 
     sampler.sample = left
+    engine_module.MOST_K = 10**6  # so that a call comes to rows that C++ does not draw from
     rows = answer_all(engine, prompts)
     assert engine.ahead == 0 and engine.scheduler.table.n_held == 0
     return rows, dict(counts), engine.ticks
@@ -36,7 +39,7 @@ def answers(folder: str, prompts: Prompts, run: Run, most: int) -> tuple[list[Ro
 def cancelled(folder: str, most: int, after: int) -> tuple[list[tuple[str, tuple[int, ...]]], int, int]:
     """Three answers, the second dropped after some ticks when one more comes; how many passes were ahead then."""
     engine = engine_for(folder, Run())
-    engine.most_passes = most
+    engine.calls = Calls(most)
     greedy = SamplingParams(max_tokens=14, temperature=0, ignore_eos=True)
     for i in range(3):
         engine.add(Request(f"{i}", (30 + i, 40, 41 + i), greedy))
@@ -52,48 +55,62 @@ def cancelled(folder: str, most: int, after: int) -> tuple[list[tuple[str, tuple
     return sorted(done.items()), ahead, engine.scheduler.table.n_held
 
 
-def one_by_one_and_in_row(folder: str, n: int, passes: int) -> dict[str, Any]:
-    """The tokens and the cache that passes leave, one by one and in one call, from positions where pages end."""
-    session = open_for(Ask(folder, [], 0))
-    engine, world = session.engine, session.world
-    model, starts = engine.model, [PAGE_SIZE * i + 13 - i for i in range(n)]
-    pages = [[8 * i + j for j in (5, 2, 7, 0)] for i in range(n)]
-    first = [40 + i for i in range(n)]
-    found: dict[str, Any] = {}
-    for how in ("one by one", "in a row"):
-        for layer in engine.cache.layers:
+def one_by_one_and_in_row(folder: str, n: int, passes: int, options: dict[str, Any]) -> dict[str, Any]:
+    """The tokens and the cache that passes leave, one by one and in one call, from positions where pages end.
+
+    Then a call with a stop id, one without pages, and one that comes to a token whose row is not finite.
+    """
+    session = open_for(Ask(folder, [], 0, options))
+    torch.set_num_threads(2)
+    engine, device = session.engine, session.world.device
+    model, cache = engine.model, engine.cache
+    starts, first = [PAGE_SIZE * i + 13 - i for i in range(n)], [40 + i for i in range(n)]
+    spans = [[8 * i + j for j in (5, 2, 7, 0)] for i in range(n)]
+
+    def laid(done: int, tokens: Sequence[int], ahead: int = 0) -> Laid:
+        rows = [(Span(spans[i], starts[i] + done, 1, 1), [tokens[i]]) for i in range(n)]
+        return lay(rows, device, ahead)
+
+    def fill() -> None:
+        for layer in cache.layers:
             layer.copy_(torch.linspace(-1, 1, layer.numel()).view(layer.shape))
-        tokens, told = first, []
-        if how == "in a row":
-            told = model.run_on(_laid(pages, starts, first, world.device, passes - 1), engine.cache, passes, [])
-        for i in range(passes if how == "one by one" else 0):
-            laid = _laid(pages, [start + i for start in starts], tokens, world.device)
-            greatest = model.greatest(model(laid, engine.cache, True))
-            assert greatest is not None
-            tokens = greatest
-            told.append(tokens)
-        found[how] = told, [_digest(layer) for layer in engine.cache.layers]
-    stop = found["in a row"][0][1][0]
-    ended = model.run_on(_laid(pages, starts, first, world.device, passes - 1), engine.cache, passes, [stop])
+
+    def in_row(stops: Sequence[int], ahead: int = passes - 1) -> list[list[int]]:
+        fill()
+        return model.run_on(laid(0, first, ahead), cache, passes, stops)
+
+    row = in_row([])
+    of_row = [_digest(layer) for layer in cache.layers]
+    fill()
+    one = [first]
+    for i in range(passes):
+        greatest = model.greatest(model(laid(i, one[-1]), cache, True))
+        assert greatest is not None
+        one.append(greatest)
+    of_one = [_digest(layer) for layer in cache.layers]
+    found: dict[str, Any] = {"row": row, "one": one[1:], "caches": (of_row, of_one), "ended": in_row(one[5][:1])}
     try:
-        model.run_on(_laid(pages, [PAGE_SIZE - 2] * n, first, world.device), engine.cache, passes, [])
-        refused = ""
-    except IndexError as err:
-        refused = str(err)
-    return {**found, "ended": ended, "stop": stop, "refused": refused, "served": served(engine)}
+        in_row([], ahead=passes - 2)
+        found["refused"] = ""
+    except AssertionError as err:
+        found["refused"] = str(err)
+    weight, start = model.tok_embeddings.weight, model.tok_embeddings.vocab_start_index
+    if not isinstance(weight, Packed):
+        seen = [set(row) for row in one]
+        bad = next(one[i][0] for i in range(2, passes) if not any(one[i][0] in some for some in seen[:i]))
+        found["bad"] = bad
+        with torch.no_grad():
+            if 0 <= bad - start < len(weight):
+                weight[bad - start] = float("nan")
+        found["broken"] = in_row([])
+    return found
 
 
-def served(engine: Engine) -> list[bool]:
-    """Whether the model does several passes of so many rows."""
-    return [engine.model.goes_on(n, engine.cache) for n in (1, 16, 2048, 2049)]
+def serves(folder: str, options: dict[str, Any]) -> list[bool]:
+    """Whether the model does several passes of so many rows in a call."""
+    engine = open_for(Ask(folder, [], 0, options)).engine
+    return [engine.model.goes_on(rows, engine.cache) for rows in (1, 64, 65)]
 
 
 def _digest(layer: torch.Tensor) -> str:
     return hashlib.blake2b(layer.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def _laid(
-    pages: Sequence[Sequence[int]], starts: Sequence[int], tokens: Sequence[int], device: Any, ahead: int = 0
-) -> Any:
-    rows = [(Span(p, start, 1, 1), [token]) for p, start, token in zip(pages, starts, tokens, strict=True)]
-    return lay(rows, device, ahead)

@@ -138,7 +138,7 @@ def likeliest(n_threads: int) -> None:
         x, n = program.rows("x", width), max(0, min(width, held - me * width))
         x.copy_(whole[:, me * width : (me + 1) * width])
         found = program.likeliest(x, n)
-        program.shared_likeliest(x, n, me * width, found, memory.address, me, memory.lost)
+        program.shared_likeliest(x, n, me * width, found, torch.empty(0, x.shape[1]), memory.address, me, memory.lost)
         for m in (rows, 1, 9):
             run(program, m)
             assert found[:m].tolist() == single.likeliest_twin(whole[:m, :held]), (dtype, m)

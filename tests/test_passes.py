@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 
 from llama_dist.config import ModelConfig
-from llama_dist.engine.session import MOST_PASSES, passes_in_a_call
+from llama_dist.engine.calls import MOST_PASSES, Calls
+from llama_dist.engine.session import calls_of
 from llama_dist.frontend.bench import work
+from llama_dist.quant.scheme import QUANTIZATIONS
 from tests.conftest import Saver
 from tests.engine_jobs import Run
 from tests.kernel_cases import need_kernels
-from tests.passes_jobs import answers, cancelled, one_by_one_and_in_row
+from tests.passes_jobs import answers, cancelled, one_by_one_and_in_row, serves
 from tests.spmd import run_ranks
 from tests.test_engine import CASE, RUNS, some_requests
 
@@ -38,7 +41,7 @@ def plain_requests(n: int, kinds: int) -> list[tuple[list[int], dict[str, Any]]]
             ends = tuple(range(20 + i % 7, 290, 11)) if i % 3 else ()
             params = {"max_tokens": 1 + 7 * i % 23, "stop_token_ids": ends, **DRAWN[i % kinds]}
         if kinds > 1 and i % 23 == 3:
-            params = {**params, "temperature": 0.8, "top_k": 270}  # of more than C++ draws from
+            params = {**params, "temperature": 0.8, "top_k": 270}  # left to the sampler
         if i % 29 == 10:
             params = {**params, "prompt_logprobs": True}
         out.append((ids, params))
@@ -84,28 +87,62 @@ def test_what_is_ahead_of_a_dropped_answer_is_left(checkpoint: Saver, after: int
     assert rows == plain
 
 
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-gqa": {},
+    "llama-9-3": {"dtype": "float32"},
+    "qwen2-window": {},
+    "llama-meta": {"quantization": "int8"},
+}
+
+
 @spmd
 @pytest.mark.parametrize("world", [1, 2])
-def test_passes_in_a_call_are_passes(checkpoint: Saver, world: int) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_passes_in_a_call_are_passes(checkpoint: Saver, name: str, world: int) -> None:
     """Tokens, and every number of the cache, through pages that lie anywhere and end at different passes."""
     need_kernels()
-    for found in run_ranks(world, one_by_one_and_in_row, str(checkpoint(CASE, "hf")), 3, 20):
-        one, row = found["one by one"], found["in a row"]
-        assert len(one[0]) == 20 and one[0] == row[0]
-        assert one[1] == row[1]
-        tokens, stop = one[0], found["stop"]
-        ends = next(i for i, some in enumerate(tokens) if stop in some) + 1
-        assert ends < 20 and found["ended"] == tokens[:ends]
-        assert found["refused"].startswith("span 0 has pages outside of what there is")
-        assert found["served"] == [True, True, True, False]
+    ranks = run_ranks(world, one_by_one_and_in_row, str(checkpoint(name, "hf")), 3, 20, MODELS[name])
+    for found in ranks:
+        one, (of_row, of_one) = found["one"], found["caches"]
+        assert len(one) == 20 and found["row"] == one == ranks[0]["one"]
+        assert of_row == of_one
+        ends = next(i for i, some in enumerate(one) if one[4][0] in some) + 1
+        assert found["ended"] == one[:ends] and ends <= 5
+        assert found["refused"] == "20 passes, pages laid for 19"
+        if "bad" in found:
+            bad = next(i for i, some in enumerate(one) if found["bad"] in some) + 1  # the pass that computes it
+            last = [
+                -1 if before == found["bad"] else token for before, token in zip(one[bad - 1], one[bad], strict=True)
+            ]
+            assert found["broken"] == [*one[:bad], last]
+
+
+@spmd
+def test_which_models_do_several_passes(checkpoint: Saver) -> None:
+    need_kernels()
+    for name, options, serving in (
+        ("llama-gqa", {}, True),
+        ("llama-rope-dynamic", {}, False),
+        ("llama-gqa", {"dtype": "float16"}, False),
+    ):
+        [found] = run_ranks(1, serves, str(checkpoint(name, "hf")), options)
+        assert found == [serving, serving, False], (name, options)
 
 
 def test_a_call_is_short() -> None:
     small = ModelConfig("llama", 576, 30, 9, 3, 64, 1536, 49152, 1e-5, tied_embeddings=True)
     large = ModelConfig("llama", 2048, 16, 32, 8, 64, 8192, 128256, 1e-5, tied_embeddings=True)
     tiny = ModelConfig("llama", 64, 2, 4, 2, 16, 128, 256, 1e-5)
-    assert [passes_in_a_call(c, 16) for c in (tiny, small, large)] == [MOST_PASSES, 5, 1]
-    assert [passes_in_a_call(small, bits) for bits in (6, 8, 32)] == [MOST_PASSES, MOST_PASSES, 2]
+    bf16, f32 = torch.bfloat16, torch.float32
+
+    def most(config: ModelConfig, rows: int = 1, tokens: int = 100, dtype: torch.dtype = bf16, by: str = "") -> int:
+        return calls_of(config, dtype, QUANTIZATIONS[by] if by else None).passes(rows, tokens)
+
+    assert [most(config) for config in (tiny, small, large)] == [MOST_PASSES, 5, 1]
+    assert [most(small, by=by) for by in ("int4", "int8")] == [MOST_PASSES, MOST_PASSES] and most(small, dtype=f32) == 2
+    assert [most(small, rows) for rows in (16, 17, 48, 64)] == [5, 2, 1, 1]
+    assert [most(small, 16, tokens) for tokens in (1000, 16 * 1000, 16 * 4000)] == [5, 2, 1]
+    assert Calls().passes(1, 1) == 1
 
 
 @pytest.mark.parametrize("passes", [1, 3, 8])
@@ -120,6 +157,10 @@ def test_bench_leaves_out_of_account_what_is_ahead(monkeypatch: pytest.MonkeyPat
 
     engine.step = step
     monkeypatch.setattr(work.time, "perf_counter", lambda: engine.clock)
-    player = work.Player(types.SimpleNamespace(engine=engine, world=types.SimpleNamespace(device=torch.device("cpu"))))  # type: ignore[arg-type]
+    world = types.SimpleNamespace(device=torch.device("cpu"))
+    player = work.Player(types.SimpleNamespace(engine=engine, world=world))  # type: ignore[arg-type]
     for n in (8, 9, 13, 8, 31):
         assert player.steps(n) == pytest.approx(2.0 * n)
+    while engine.ahead < passes - 1:
+        player.steps(1)
+    assert passes == 1 or math.isnan(player.steps(passes - 1))

@@ -51,7 +51,7 @@ class World:
         self.ended: dict[str, list[int]] = {}
         self.foreseen: list[Work] = []
         self.found: deque[list[tuple[Work, int]]] = deque()
-        self.in_row = 0  # passes of calls of several
+        self.in_row = self.cut_short = 0  # passes of calls of several, and calls that ended early
         self.right = self.partly = 0  # how often all of what was foreseen was of use, and how often some of it
 
     def known(self) -> list[Work]:
@@ -74,6 +74,8 @@ class World:
                 self.memory[work.sequence.pages[page], place] = tuple(ids)
                 ids.append(next_token(ids))
             if any(stops(ids) for ids in tokens):
+                self.scheduler.went_on(i + 1)
+                self.cut_short += i + 1 < passes
                 break
             assert i == passes - 1 or all(len(ids) < w.sequence.limit for w, ids in zip(works, tokens, strict=True))
 
@@ -184,13 +186,15 @@ def trace(seed: int) -> tuple[World, int]:
 
 @pytest.mark.parametrize("block", range(10))
 def test_random_traces(block: int) -> None:
-    preempted = right = partly = 0
+    preempted = right = partly = in_row = cut_short = 0
     for seed in range(block * 1000, block * 1000 + 1000):
         world, _ = trace(seed)
         preempted += world.scheduler.n_preempted
         right, partly = right + world.right, partly + world.partly
+        in_row, cut_short = in_row + world.in_row, cut_short + world.cut_short
     assert preempted > 100, "the traces never ran out of pages"
     assert right > 1000 and partly > 30, f"{right} ticks were foreseen, {partly} in part"
+    assert in_row > 1000 and cut_short > 10, f"{in_row} passes were one call, {cut_short} of these ended early"
 
 
 def test_two_ranks_decide_alike() -> None:
@@ -273,3 +277,20 @@ def test_a_planted_fault_is_found() -> None:
 def test_keys_tell_pages_apart_by_all_that_came_before() -> None:
     assert page_keys([1, 2, 3, 4], 2)[1] != page_keys([9, 2, 3, 4], 2)[1]
     assert page_keys([1, 2, 3, 4, 5], 2) == page_keys([1, 2, 3, 4], 2)
+
+
+def test_pages_of_passes_that_were_not_done_are_given_back() -> None:
+    """Also where they are not, nobody's surplus pays for what another lacks."""
+    scheduler = Scheduler(PageTable(3, 16), 2, 64, 48, False)
+    for name, length in (("a", 10), ("b", 9)):
+        scheduler.add(Request(name, (1,) * length, SamplingParams()))
+    for work in scheduler.next_batch():
+        scheduler.commit(work, 1)
+    batch, (a, b) = scheduler.next_batch(), scheduler.running
+    assert scheduler.go_on(batch, 8) == 7  # for the eighth each would need a page, and there is one
+    assert (len(a.pages), len(b.pages), scheduler.table.n_free) == (2, 1, 0)
+    assert scheduler.go_on(batch, 8) == 7 and scheduler.go_on(batch, 2) == 2
+    assert (len(a.pages), len(b.pages)) == (2, 1)
+    scheduler.went_on(2)
+    assert (len(a.pages), len(b.pages), scheduler.table.n_free) == (1, 1, 1)
+    scheduler.check()

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 import torch
 
 from llama_dist.engine.sampler import Wanted, gumbel_of, noise_key, signed
-from llama_dist.kernels.draw import CLOSE, ROUNDS, SMALLEST, UNSURE
+from llama_dist.kernels.draw import CLOSE, MOST_K, ROUNDS, SMALLEST, UNSURE
 from llama_dist.kernels.told import sent
 
 NUMBERS = 1 << 20  # logits at once, which bounds what is allocated beside them
-MOST_K = 256
 
 
 def draw_rows(wanted: Sequence[Wanted]) -> torch.Tensor:

@@ -16,14 +16,16 @@ import torch
 
 from llama_dist.engine import sampler
 from llama_dist.engine.answer import Answer
+from llama_dist.engine.calls import Calls
 from llama_dist.engine.draws import Drawing, begin, settle
 from llama_dist.engine.fault import find_fault
-from llama_dist.engine.foresight import Foreseen, Found, found_in_row, next_tokens
+from llama_dist.engine.foresight import Foreseen, Pass, next_tokens, passes_in_row
 from llama_dist.engine.logits import shape
 from llama_dist.engine.scheduler import Scheduler, Work
 from llama_dist.engine.scores import Score, scores_of
 from llama_dist.engine.stats import EngineStats
 from llama_dist.errors import RequestError
+from llama_dist.kernels.draw import MOST_K
 from llama_dist.kernels.program import LEFT
 from llama_dist.kernels.told import Told
 from llama_dist.model.cache import KVCache, Span, lay
@@ -34,7 +36,6 @@ from llama_dist.request import Completion, FinishReason, Request, TokenEvent
 from llama_dist.text.base import Tokenizer
 from llama_dist.text.stop import StopMatcher
 
-FEW = 16  # rows of a pass that takes as long as the weights are read
 LOGIT_ROWS = 128  # prompt positions scored at a time, so that scoring needs no prompt x vocabulary buffer
 
 BROKEN = -1  # in a token's place
@@ -44,12 +45,12 @@ Ended = tuple[int, Completion]  # by arrival
 
 
 class Computed(NamedTuple):
-    """A tick's work, and where each sequence's tokens end among all; their hidden states, or what comes next."""
+    """A tick's work. Sequence i's tokens end before `ends[i]`; of all hidden states [n, dim], or what comes next."""
 
     batch: list[Work]
     ends: list[int]
     hidden: torch.Tensor | None
-    tokens: list[int] | None = None
+    after: list[int] | None = None  # a token for each of the batch, or BROKEN
 
 
 @dataclass
@@ -66,8 +67,8 @@ class Engine:
     check_every: int
     foresees: bool
     """Begin the next pass before this one's tokens have been seen: for GPUs, which work on meanwhile."""
-    most_passes: int = 1
-    """Of a few rows in one call, where nothing but their tokens is asked for: for CPUs."""
+    calls: Calls = field(default_factory=Calls)
+    """How many passes are one call where nothing but tokens is asked for: for CPUs."""
     answers: dict[str, Answer] = field(default_factory=dict)
     ticks: int = 0
     batch: int = 0
@@ -75,7 +76,7 @@ class Engine:
     new_tokens: int = 0
     cached_tokens: int = 0
     _foreseen: Foreseen | None = None
-    _found: deque[Found] = field(default_factory=deque)
+    _ahead: deque[Pass] = field(default_factory=deque)
     _digest: hashlib.blake2b = field(default_factory=lambda: hashlib.blake2b(digest_size=8))
 
     @property
@@ -85,7 +86,7 @@ class Engine:
     @property
     def ahead(self) -> int:
         """Passes that are done, and that no tick has taken yet."""
-        return len(self._found)
+        return len(self._ahead)
 
     def stats(self) -> EngineStats:
         """Counts since the start, and how full the batch and the cache are now."""
@@ -148,7 +149,7 @@ class Engine:
             return self._tick(on_token)
 
     def _tick(self, on_token: OnToken | None) -> list[Completion]:
-        batch, ends, hidden, tokens = self._compute()
+        batch, ends, hidden, after = self._compute()
         self.batch = len(batch)
         done: list[Ended] = []
         drawing: list[tuple[Work, int]] = []
@@ -164,7 +165,7 @@ class Engine:
                 self.scheduler.commit(work, None)
                 if work.last:
                     done.append(self._end(answer, "length"))
-        done += self._draw(drawing, hidden, tokens, on_token)
+        done += self._draw(drawing, hidden, after, on_token)
         self._check(done)
         return [completion for _, completion in sorted(done, key=lambda end: end[0])]
 
@@ -188,21 +189,23 @@ class Engine:
 
     def _known(self) -> Computed | None:
         """The next of the passes that were one call, if it is of use to any sequence."""
-        while self._found:
-            found = self._found.popleft()
-            if rows := found.rows():
-                next_ones = [found.found[row] for row in rows]
-                return Computed([found.works[row] for row in rows], [*range(1, len(rows) + 1)], None, next_ones)
+        while self._ahead:
+            done = self._ahead.popleft()
+            if rows := done.rows():
+                after = [done.after[row] for row in rows]
+                return Computed([done.works[row] for row in rows], [*range(1, len(rows) + 1)], None, after)
         return None
 
     def _passes(self, batch: list[Work]) -> int:
         """In how many passes from here on only tokens are asked for, by the model's own logits; they are one call."""
-        most = self.most_passes // max(1, -(-len(batch) // FEW))
-        if most <= 1 or not self.model.goes_on(len(batch), self.cache):
+        most = self.calls.passes(len(batch), sum(work.sequence.cached for work in batch))
+        if most == 1 or not batch or not self.model.goes_on(len(batch), self.cache):
             return 1
         for work in batch:
             params = work.sequence.request.params
             if params.edits_logits or params.logprobs or self.answers[work.sequence.request.id].matcher is not None:
+                return 1
+            if params.temperature and params.top_k > MOST_K:  # the sampler's, and a call ends where it is asked
                 return 1
         return self.scheduler.go_on(batch, most)
 
@@ -215,13 +218,14 @@ class Engine:
         if any(s.request.params.temperature for s in sequences):
             chances = [sampler.chance(answer.sequence.request.params, answer.seed) for answer in answers]
         laid = lay(rows, self.world.device, passes - 1)
-        found = self.model.run_on(laid, self.cache, passes, [*stops], chances)
-        for i, token in enumerate(found[-1]):
+        after = self.model.run_on(laid, self.cache, passes, [*stops], chances)
+        for i, token in enumerate(after[-1]):
             if token == LEFT:
-                s, at = sequences[i], len(sequences[i].tokens) + len(found) - 1
+                s, at = sequences[i], len(sequences[i].tokens) + len(after) - 1
                 row = self.model.drawn_from(i).float()
-                found[-1][i] = sampler.sample(row, s.request.params, answers[i].seed, at)
-        self._found.extend(found_in_row(batch, found))
+                after[-1][i] = sampler.sample(row, s.request.params, answers[i].seed, at)
+        self.scheduler.went_on(len(after))
+        self._ahead.extend(passes_in_row(batch, after))
 
     def _pass(self, batch: list[Work], tokens: torch.Tensor | None = None) -> tuple[torch.Tensor, list[int]]:
         """Hidden states, and where each sequence's end. `tokens` [len(batch)]: on the device, not known here yet."""
@@ -260,10 +264,11 @@ class Engine:
         self,
         drawing: list[tuple[Work, int]],
         hidden: torch.Tensor | None,
-        found: list[int] | None,
+        after: list[int] | None,
         on_token: OnToken | None,
     ) -> list[Ended]:
-        """A token for each sequence that reached its newest one; those that end with it. `found`: these."""
+        """A token for each sequence that reached its newest one; those that end with it. `after`: these,
+        where they are known."""
         if not drawing:
             return []
         chosen: Sequence[int | RequestError]
@@ -272,9 +277,9 @@ class Engine:
             ends = [at for _, at in drawing]
             every = ends == [*range(hidden.shape[0])]
             greedy = every and not self.foresees and all(_is_greedy(work) for work, _ in drawing)
-            found = self.model.greatest(hidden) if greedy else None
-        if found is not None:
-            chosen = found
+            after = self.model.greatest(hidden) if greedy else None
+        if after is not None:
+            chosen = after
         else:
             assert hidden is not None, "neither tokens nor hidden states are known"
             logits = self.model.logits(hidden, None if every else ends)

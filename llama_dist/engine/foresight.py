@@ -36,12 +36,12 @@ class Foreseen:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A pass of `works`, one token each, `tokens`; after them come those `found`, -1 where a row is not finite."""
+class Pass:
+    """A pass of `works`, one token each, `tokens`; `after` them come these, -1 where a row is not finite."""
 
     works: Sequence[Work]
     tokens: Sequence[int]
-    found: Sequence[int]
+    after: Sequence[int]
 
     def rows(self) -> list[int]:
         """The rows that are of use."""
@@ -57,13 +57,13 @@ def _of_use(works: Sequence[Work], tokens: Sequence[int]) -> list[int]:
     ]
 
 
-def found_in_row(batch: Sequence[Work], found: Sequence[Sequence[int]]) -> list[Found]:
-    """The passes of a batch of one token each, of which each found the tokens of the next."""
+def passes_in_row(batch: Sequence[Work], tokens: Sequence[Sequence[int]]) -> list[Pass]:
+    """The passes of a batch of one token each: after each of them came these tokens, which the next one computed."""
     before = [work.sequence.tokens[-1] for work in batch]
     passes = []
-    for i, after in enumerate(found):
+    for i, after in enumerate(tokens):
         works = [Work(work.sequence, work.start + i, 1) for work in batch]
-        passes.append(Found(works, before, after))
+        passes.append(Pass(works, before, after))
         before = [*after]
     return passes
 

@@ -142,7 +142,7 @@ class Scheduler:
             return []
         if self.waiting and (len(going) < len(drawing) or self._admits(self.waiting[0])):
             return []
-        needed = [self.table.pages_for(len(s.tokens) + 1) - len(s.pages) for s in going]
+        needed = [max(0, self.table.pages_for(len(s.tokens) + 1) - len(s.pages)) for s in going]
         if sum(needed) > self.table.n_free:
             return []
         for sequence, n in zip(going, needed, strict=True):
@@ -159,12 +159,18 @@ class Scheduler:
         passes = min(most, *(s.limit - len(s.tokens) for s in self.running))
         if passes <= 1 or (self.waiting and self._admits(self.waiting[0])):
             return 1
-        needed = [self.table.pages_for(len(s.tokens) + passes - 1) - len(s.pages) for s in self.running]
-        if sum(needed) > self.table.n_free:
-            return 1
+        while sum(needed := self._needed(passes)) > self.table.n_free:
+            passes -= 1
         for sequence, n in zip(self.running, needed, strict=True):
             sequence.pages += [self.table.take() for _ in range(n)]
         return passes
+
+    def went_on(self, passes: int) -> None:
+        """So many passes were done of those that `go_on` told: pages for the others are given back."""
+        for sequence in self.running:
+            held = self.table.pages_for(len(sequence.tokens) + passes - 1)
+            self.table.release(sequence.pages[held:])
+            del sequence.pages[held:]
 
     def commit(self, work: Work, token: int | None) -> None:
         """The work is computed; `token` was drawn after it, where it reached the newest one and the answer goes on."""
@@ -218,6 +224,10 @@ class Scheduler:
         sequence.cached = len(shared) * self.table.page_size
         if sequence.hit is None:
             sequence.hit = sequence.cached
+
+    def _needed(self, passes: int) -> list[int]:
+        """Pages that each running sequence lacks for so many passes of one token; for the first none lacks any."""
+        return [max(0, self.table.pages_for(len(s.tokens) + passes - 1) - len(s.pages)) for s in self.running]
 
     def _grow(self, sequence: Sequence, length: int) -> bool:
         """Give a running sequence pages for its next `length` tokens, the newest ones paying for it. False: it paid."""

@@ -18,6 +18,7 @@ from llama_dist.checkpoint.load import load
 from llama_dist.checkpoint.open import open_checkpoint
 from llama_dist.checkpoint.reader import Reader
 from llama_dist.config import ModelConfig, RunConfig
+from llama_dist.engine.calls import MOST_PASSES, Calls
 from llama_dist.engine.engine import Engine, OnToken
 from llama_dist.engine.memory import count_pages
 from llama_dist.engine.numerics import find_unsteady, numeric_mode
@@ -37,14 +38,12 @@ from llama_dist.parallel.layers import Part
 from llama_dist.parallel.units import cut_model, units_for
 from llama_dist.parallel.world import World, join, model_parallel_size, pick_device
 from llama_dist.quant.product import panels
-from llama_dist.quant.scheme import QUANTIZATIONS
+from llama_dist.quant.scheme import QUANTIZATIONS, Quantization
 from llama_dist.request import Completion, Request
 from llama_dist.text.base import Tokenizer
 from llama_dist.text.load import find_tokenizer, load_tokenizer, tokenizer_from_gguf
 
 log = logging.getLogger("llama_dist")
-MOST_PASSES = 8
-CALL_BYTES = 3 << 29  # of weights: 50 ms where memory is read at 32 GB/s
 DEFAULT_SEQ_LEN = 4096  # of a run that names none; longer needs --max_seq_len, for the memory it takes
 
 
@@ -205,14 +204,16 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
         run.seed,
         run.check_every,
         foresees=world.device.type == "cuda",
-        most_passes=passes_in_a_call(config, packing.output.bits if packing else 8 * checked.dtype.itemsize),
+        calls=calls_of(config, checked.dtype, packing),
     )
     return Session(run, world, config, checked.tokenizer, engine, checked.max_seq_len)
 
 
-def passes_in_a_call(config: ModelConfig, bits: int) -> int:
-    """How often weights of so many bits are read in one call at most: so that nobody notices; alike on all ranks."""
-    return max(1, min(MOST_PASSES, 8 * CALL_BYTES // (bits * model_bytes(config, 1))))
+def calls_of(config: ModelConfig, dtype: torch.dtype, packing: Quantization | None) -> Calls:
+    """What passes of this model read, all its ranks together."""
+    bits = packing.output.bits if packing else 8 * dtype.itemsize
+    keys = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
+    return Calls(MOST_PASSES, model_bytes(config, 1) * bits // 8, keys)
 
 
 def refuse_unsteady(model: Transformer, world: World) -> None:

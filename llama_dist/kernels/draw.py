@@ -16,6 +16,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 UNSURE = -1  # in a token's place
 CLOSE = 1e-9  # of noisy logits and masses on a GPU
 SMALLEST = 1e-6  # of |logit / temperature|: of smaller ones two may differ and be as likely
+MOST_K = 256  # of top_k; for more the sampler decides
 ROUNDS = 6  # candidates a row is tried with on a GPU before it is left to the sampler
 DRAW = struct.Struct("=qqqQddd")  # as in draw.cpp
 

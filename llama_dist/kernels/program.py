@@ -28,6 +28,7 @@ OP = struct.Struct("=16q")
 STEP = struct.Struct("=16q")
 CHANCE, ONWARD = struct.Struct("=Qqddd"), struct.Struct("=12q")  # as in passes.cpp
 LEFT = -2  # in a token's place: left to the sampler
+MOST_ON = 64  # rows of runs in one call
 
 
 class Call(NamedTuple):
@@ -54,9 +55,9 @@ class Call(NamedTuple):
 
 
 class Chance(NamedTuple):
-    """How a sequence's tokens are drawn: its seed's part of `sampler.noise_key`, the others as in SamplingParams."""
+    """How a sequence's tokens are drawn: what of `sampler.noise_key` is its seed's, the rest as in SamplingParams."""
 
-    seed: int
+    key: int
     top_k: int
     temperature: float
     top_p: float
@@ -229,10 +230,11 @@ class Program:
     ) -> None:
         """What `likeliest` has found among x's first n entries becomes the likeliest of all ranks' entries.
 
-        Number `first` of these, in the order of ranks, is this rank's first. `whole` [most, ranks * width of x]: where
-        `run_on` puts the rows of all.
+        Number `first` of these, in the order of ranks, is this rank's first. `whole` [MOST_ON, ranks * width of
+        x]: where `run_on` puts the rows of all.
         """
         self._lost = lost
+        self._held.append(whole)
         self._logits = x.data_ptr(), x.stride(0), whole.shape[1] // x.shape[1], whole.data_ptr(), segment, rank
         self._add(SHARED_LIKELIEST, segment, rank, x, x.stride(0), n, first, found.buffer_info()[0])
 
@@ -284,7 +286,9 @@ class Program:
         a run that found one of `stops`, a row that is not finite (-1), or one that the sampler is to draw from (LEFT).
         IndexError as from `run`.
         """
-        assert self.goes_on and call.n == call.spans and self._logits, f"{call.n} tokens of {call.spans} spans"
+        assert self.goes_on and call.n == call.spans and self._logits and call.n <= MOST_ON, (
+            f"{call.n} tokens of {call.spans} spans"
+        )
         (part,) = self._ready[True]
         assert isinstance(part, tuple)
         lost, done = c_int(0), c_int64(0)

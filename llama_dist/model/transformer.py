@@ -13,7 +13,7 @@ from torch import nn
 from llama_dist.config import ModelConfig
 from llama_dist.kernels import program as programs
 from llama_dist.kernels.attention import compiled_for, paged
-from llama_dist.kernels.program import Call, Chance, Program
+from llama_dist.kernels.program import MOST_ON, Call, Chance, Program
 from llama_dist.kernels.quantized import compiled
 from llama_dist.kernels.single import found_of, likeliest
 from llama_dist.kernels.told import sent
@@ -122,6 +122,7 @@ class Transformer(nn.Module):
         self.recordings: tuple[KVCache, Recordings] | None = None
         self._laid: tuple[KVCache, int] | None = None  # what it was laid out for last
         self._found: array[int] | None = None  # where the program leaves likeliest tokens, if it looks for them
+        self._drawn_from: torch.Tensor | None = None  # logits of passes in one call, rows of all ranks' columns
         self._last = LastPass()
         self._views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by the number of rows, what the program leaves
 
@@ -187,7 +188,7 @@ class Transformer(nn.Module):
         program.head()
         logits = program.rows("logits", self.output.output_size_per_partition)
         program.linear(normed, self.output.weight, None, logits)
-        self._found = self.output.lay_likeliest(program, logits)
+        self._found, self._drawn_from = self.output.lay_likeliest(program, logits) or (None, None)
         self.program, self._views = (cache, program), {}
 
     def record(self, cache: KVCache, max_seq_len: int, record: Record) -> None:
@@ -253,7 +254,7 @@ class Transformer(nn.Module):
     def goes_on(self, n: int, cache: KVCache) -> bool:
         """Whether `run_on` serves n sequences over this cache."""
         own = self.program
-        return own is not None and own[0] is cache and n <= own[1].most and own[1].goes_on and not self.rope.dynamic
+        return own is not None and own[0] is cache and n <= MOST_ON and own[1].goes_on and not self.rope.dynamic
 
     def run_on(
         self, laid: Laid, cache: KVCache, passes: int, stops: Sequence[int], chances: Sequence[Chance] | None = None
@@ -265,18 +266,16 @@ class Transformer(nn.Module):
         """
         assert self.program is not None
         self._last.scored = self._last.parts = self._last.likeliest = None
+        ahead = laid.stop - max(span.stop for span in laid.spans)
+        assert ahead >= passes - 1, f"{passes} passes, pages laid for {ahead + 1}"
         cos, sin = self.rope.known(laid.stop)
         positions = laid.of_tokens.buffer_info()[0] + INT64 * laid.n
         return self.program[1].run_on(self._call(laid, cache, positions, cos, sin), passes, stops, chances)
 
     def drawn_from(self, row: int) -> torch.Tensor:
         """The logits [vocab] that the last pass of `run_on` with chances drew from."""
-        assert self.program is not None
-        program, width = self.program[1], self.output.output_size_per_partition
-        rows = (
-            program.rows("logits", width) if self.n_ranks == 1 else program.rows("whole logits", width * self.n_ranks)
-        )
-        return rows[row, : self.config.vocab_size]
+        assert self._drawn_from is not None
+        return self._drawn_from[row, : self.config.vocab_size]
 
     def _run(self, program: Program, laid: Laid, cache: KVCache, scored: bool) -> torch.Tensor:
         n, vocab = laid.n, self.config.vocab_size

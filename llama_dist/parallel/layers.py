@@ -20,7 +20,7 @@ from fairscale.nn.model_parallel import layers as fs_layers
 from torch import nn
 
 from llama_dist.kernels.linear import fastest, linear, single, unit_sums
-from llama_dist.kernels.program import Program
+from llama_dist.kernels.program import MOST_ON, Program
 from llama_dist.kernels.small import silu_mul
 from llama_dist.kernels.tree import Node, roots, total
 from llama_dist.parallel import shared
@@ -175,19 +175,21 @@ class OutputLinear(ColumnParallelLinear):
     def _scheme(self, part: Part) -> Scheme | None:
         return part.panels if part.quantization is None else part.quantization.output
 
-    def lay_likeliest(self, program: Program, logits: torch.Tensor) -> array[int] | None:
-        """Have a program find the likeliest of all ranks' logits, and where it leaves them; None where it cannot."""
+    def lay_likeliest(self, program: Program, logits: torch.Tensor) -> tuple[array[int], torch.Tensor] | None:
+        """Have a program find the likeliest of all ranks' logits: where it leaves them, and the rows that runs in one
+        call draw from; None where it cannot.
+        """
         first, stop = self.placements["weight"].start, self.placements["weight"].stop
         assert stop is not None
         if fs.get_model_parallel_world_size() == 1:
-            return program.likeliest(logits, stop)
+            return program.likeliest(logits, stop), logits
         memory = shared.of(fs.get_model_parallel_group())
         if memory is None:
             return None
         found = program.likeliest(logits, stop - first)
-        whole = program.rows("whole logits", logits.shape[1] * fs.get_model_parallel_world_size())
+        whole = torch.empty(MOST_ON, logits.shape[1] * fs.get_model_parallel_world_size(), dtype=logits.dtype)
         program.shared_likeliest(logits, stop - first, first, found, whole, memory.address, memory.rank, memory.lost)
-        return found
+        return found, whole
 
 
 class FusedColumns(nn.Module):

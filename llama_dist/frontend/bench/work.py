@@ -7,6 +7,7 @@ that no prefix cache helps.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -91,14 +92,15 @@ class Player:
         self.steps(warm)
 
     def steps(self, n: int) -> float:
-        """Seconds of `n` steps. Passes that were done before, or are done for later ones, are left out of account."""
+        """Seconds of `n` steps, passes done before or for later ones left out of account; NaN if all were before."""
         engine, device = self.session.engine, self.session.world.device
         synchronize(device)
         before, began = engine.ahead, time.perf_counter()
         for _ in range(n):
             engine.step()
         synchronize(device)
-        return (time.perf_counter() - began) * n / max(1, n - before + engine.ahead)
+        passes = n - before + engine.ahead
+        return (time.perf_counter() - began) * n / passes if passes else math.nan
 
     def drop(self) -> None:
         """End what runs."""

@@ -1,12 +1,12 @@
-// Weights that a thread is to read next, called into the second cache, and through it into the third, while it waits for others,
-// when memory is idle, or by the product that it does before.
+// Weights that a thread is to read next, called into the second cache, and through it into the third, while it waits for
+// others, when memory is idle, or by the product that it does before.
 #pragma once
 
 #include <cstdint>
 
 struct Coming {
     static constexpr int MOST = 8;
-    static constexpr int64_t BYTES = 1 << 21;  // of all runs: longer waits than for these are rare
+    static constexpr int64_t BYTES = 1 << 20;  // of all runs: longer waits than for these are rare
 
     const char *at[MOST] = {};  // runs that are read side by side, and what is left of each
     int runs = 0;

@@ -12,9 +12,10 @@ namespace {
 
 constexpr int64_t LEFT = -2;  // in a token's place: to be drawn by the sampler
 
-// How a sequence's tokens are drawn: its seed's part of the noise's key, the rest as in draw.h. As kernels/program.py packs it.
+// How a sequence's tokens are drawn: what of the noise's key is its seed's, the rest as in draw.h. As kernels/program.py packs
+// it.
 struct Chance {
-    uint64_t seed;
+    uint64_t key;
     int64_t top_k;
     double temperature, top_p, min_p;
 };
@@ -46,21 +47,22 @@ uint64_t mix(uint64_t x) {
     return x ^ x >> 31;
 }
 
-// Draws of all rows whose likeliest token is one; returns what a round among ranks ended with.
+// Draws of all rows whose likeliest token is one; returns what a round among ranks ended with. All ranks must be unsure of the
+// same rows: they are of one host, with the same code and the same bits of all logits.
 int draw_rows(const Step &step, const Onward &on, int64_t *tokens, int threads) {
     const Logits &logits = on.logits;
     const int64_t size = step.is_bf16 ? 2 : 4, n = step.n;
+    const int64_t width = logits.width * size;  // bytes
     const bool parts = logits.n_ranks > 1;
     if (parts)
-        if (int fault = llama_dist_shared_gather(logits.segment, int(logits.rank), logits.rows, n, logits.width * size, logits.whole))
-            return fault;
+        if (int fault = llama_dist_shared_gather(logits.segment, int(logits.rank), logits.rows, n, width, logits.whole)) return fault;
     std::vector<Draw> draws;
     std::vector<int64_t> found(n);
     for (int64_t i = 0; i < n; i++) {
         const Chance &c = on.chances[i];
-        const char *row = parts ? logits.whole + i * logits.width * logits.n_ranks * size : logits.rows + i * logits.width * size;
+        const char *row = parts ? logits.whole + i * width * logits.n_ranks : logits.rows + i * width;
         const uint64_t position = uint64_t(step.starts[i]) + 1;  // of the token that is drawn
-        const uint64_t key = mix(c.seed + 0x9E3779B97F4A7C15u * (position + 1));
+        const uint64_t key = mix(c.key + 0x9E3779B97F4A7C15u * (position + 1));
         draws.push_back({row, step.is_bf16, c.top_k, key, c.temperature, c.top_p, c.min_p});
     }
     llama_dist_draw(draws.data(), n, step.vocab, found.data(), threads);
@@ -71,8 +73,8 @@ int draw_rows(const Step &step, const Onward &on, int64_t *tokens, int threads) 
 
 }  // namespace
 
-// As llama_dist_program, up to `passes` times, in which each span has one token: after the first that which was found. Ends early
-// where a row has found none, or one of the stops. `done`: how many passes. The step's arrays are written over.
+// As llama_dist_program, up to `passes` times, in which each span has one token: after the first that which was found. Ends
+// early where a row has found none, or one of the stops. `done`: how many passes. The step's arrays are written over.
 extern "C" int llama_dist_passes(const Op *ops, int64_t n_ops, const Step *step, const Onward *on, int threads, int *lost,
                                  int64_t *done) {
     const int64_t n = step->n, *stops = on->stops, *last = stops + on->n_stops;

@@ -106,7 +106,8 @@ void run_one(const Op &op, const Step &step, const Plans &plans, int threads, in
         case Op::SHARED_LIKELIEST:
 #pragma omp single nowait
             if (!fault)
-                fault = shared_likeliest(p(0), int(v[1]), bf16s, p(2), v[3], step.n, v[4], v[5], static_cast<int64_t *>(p(6)));
+                fault = shared_likeliest(p(0), int(v[1]), bf16s, p(2), v[3], step.n, v[4], v[5], static_cast<int64_t *>(p(6)),
+                                         &coming);
             break;
     }
 }
@@ -125,17 +126,22 @@ int64_t gate_of(const Op *ops, const Step &step) {
     return up % WIDTH ? 0 : up;
 }
 
-// What this thread reads first of the product after operation `at`, whose number `at` becomes.
+// What this thread reads first of the product after operation `at`, whose number `at` becomes; after the last of the first one,
+// as there is likely to be another run.
 Coming coming_after(const Op *ops, int64_t n_ops, const Step &step, int threads, int64_t &at) {
-    do at++;
-    while (at < n_ops && ops[at].kind != Op::PACKED);
-    if (at == n_ops) return {};
-    const int64_t *v = ops[at].v;
+    auto product = [&](int64_t from) {
+        while (from < n_ops && ops[from].kind != Op::PACKED) from++;
+        return from;
+    };
+    at = product(at + 1);
+    const int64_t it = at < n_ops ? at : product(0);
+    if (it == n_ops) return {};
+    const int64_t *v = ops[it].v;
     const auto &w = *reinterpret_cast<const team::Packed *>(v[2]);
     const int thread = omp_get_thread_num();
     if (team::in_tiles(int(step.is_bf16), w, step.n)) {
-        const int64_t up = at + 1 < n_ops ? std::max<int64_t>(0, gate_of(ops + at, step)) : 0;
-        return team::coming_tiles(w, step.n, up ? ops[at + 1].v[5] : v[8], v[9], up, thread, threads);
+        const int64_t up = it + 1 < n_ops ? std::max<int64_t>(0, gate_of(ops + it, step)) : 0;
+        return team::coming_tiles(w, step.n, up ? ops[it + 1].v[5] : v[8], v[9], up, thread, threads);
     }
     return step.n > FEW ? Coming{} : team::coming(w, step.n, v[8], thread, threads);
 }

@@ -88,7 +88,7 @@ struct Best {
 };
 
 template <class T>
-int likeliest(Segment *s, int rank, const T *rows, long stride, long m, long n, long first, int64_t *found) {
+int likeliest(Segment *s, int rank, const T *rows, long stride, long m, long n, long first, int64_t *found, Coming *coming) {
     const long most = s->capacity / long(sizeof(Best));
     for (long done = 0; done < m; done += most) {
         const long end = std::min(m, done + most), bytes = (end - done) * long(sizeof(Best));
@@ -98,7 +98,7 @@ int likeliest(Segment *s, int rank, const T *rows, long stride, long m, long n, 
             mine[i - done] = found[i] < 0 ? Best{0, -1}
                              : n          ? Best{float(number(rows + i * stride + found[i])), int32_t(first + found[i])}
                                           : Best{-INFINITY, INT32_MAX};
-        if (int fault = enter_alike(s, rank, round, bytes)) return fault;
+        if (int fault = enter_alike(s, rank, round, bytes, coming)) return fault;
         for (long i = done; i < end; i++) {
             Best best = ((const Best *)s->slot(round, 0))[i - done];
             for (int r = 1; r < s->n_ranks && best.at >= 0; r++) {
@@ -142,10 +142,10 @@ int shared_planes(void *segment, int rank, const float *planes, long plane, cons
 }
 
 int shared_likeliest(void *segment, int rank, int is_bf16, const void *rows, long stride, long m, long n, long first,
-                     int64_t *found) {
+                     int64_t *found, Coming *coming) {
     Segment *s = (Segment *)segment;
-    return is_bf16 ? likeliest(s, rank, (const bf16 *)rows, stride, m, n, first, found)
-                   : likeliest(s, rank, (const float *)rows, stride, m, n, first, found);
+    return is_bf16 ? likeliest(s, rank, (const bf16 *)rows, stride, m, n, first, found, coming)
+                   : likeliest(s, rank, (const float *)rows, stride, m, n, first, found, coming);
 }
 
 extern "C" int llama_dist_shared_sum(void *segment, int rank, int is_bf16, void *x, long n) {

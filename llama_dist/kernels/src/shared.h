@@ -117,4 +117,4 @@ int shared_planes(void *segment, int rank, const float *planes, long plane, cons
 // found [m]: of each row's n numbers, this rank's, the first of the greatest, or -1; it becomes that of all ranks' numbers, one
 // rank's after the other's, of which this one's are number `first` and on: -1 where a rank has -1. Returns as the others.
 int shared_likeliest(void *segment, int rank, int is_bf16, const void *rows, long stride, long m, long n, long first,
-                     int64_t *found);
+                     int64_t *found, Coming *coming);
