@@ -55,7 +55,7 @@ int draw_rows(const Step &step, const Onward &on, int64_t *tokens, int threads) 
     const int64_t width = logits.width * size;  // bytes
     const bool parts = logits.n_ranks > 1;
     if (parts)
-        if (int fault = llama_dist_shared_gather(logits.segment, int(logits.rank), logits.rows, n, width, logits.whole)) return fault;
+        if (int fault = llama_dist_shared_gather(logits.segment, logits.rank, logits.rows, n, width, logits.whole)) return fault;
     std::vector<Draw> draws;
     std::vector<int64_t> found(n);
     for (int64_t i = 0; i < n; i++) {

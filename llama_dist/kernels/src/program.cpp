@@ -169,7 +169,8 @@ extern "C" int llama_dist_program(const Op *ops, int64_t n_ops, const Step *step
         if (!within(step->tokens[i], step->vocab) || !within(step->slots[i], step->n_slots) ||
             !within(step->angles[i], step->n_angles))
             return -int(i) - 1;
-    if (int bad = team::bad_span(step->n_slots, step->tables, int(step->max_pages), step->starts, step->lengths, int(step->spans)))
+    if (int bad = team::bad_span(step->n_slots, step->tables, int(step->max_pages), step->starts, step->lengths,
+                                 int(step->spans)))
         return bad;
     const Plans plans(ops, n_ops, *step, threads);
     int fault = 0;

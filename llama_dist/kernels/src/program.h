@@ -12,8 +12,9 @@ struct Op {
     int64_t v[14];
 };
 
-// What changes from call to call, and from pass to pass of one call (passes.cpp): n tokens in `spans` spans, and where they stand. A token's angles are row `angles[i]` of cos
-// and sin. Where there is room for them, the seconds that each operation takes are added to `seconds`, at its clock.
+// What changes from call to call, and from pass to pass of one call (passes.cpp): n tokens in `spans` spans, and where they stand.
+// A token's angles are row `angles[i]` of cos and sin. Where there is room for them, the seconds that each operation takes are
+// added to `seconds`, at its clock.
 struct Step {
     int64_t is_bf16, n, spans, max_pages, n_slots, vocab, n_angles;
     int64_t *tokens, *slots, *angles;
