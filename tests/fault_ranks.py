@@ -101,7 +101,7 @@ def plant(fault: Fault, mark: Path) -> None:
 
     def other_known(self: Engine) -> Computed | None:
         found = known(self)
-        return found and found._replace(tokens=others(found.tokens))
+        return found and found._replace(after=others(found.after))
 
     def late_detach(self: Watch) -> None:
         board = self._board

@@ -140,8 +140,8 @@ def test_a_call_is_short() -> None:
 
     assert [most(config) for config in (tiny, small, large)] == [MOST_PASSES, 5, 1]
     assert [most(small, by=by) for by in ("int4", "int8")] == [MOST_PASSES, MOST_PASSES] and most(small, dtype=f32) == 2
-    assert [most(small, rows) for rows in (16, 17, 48, 64)] == [5, 2, 1, 1]
-    assert [most(small, 16, tokens) for tokens in (1000, 16 * 1000, 16 * 4000)] == [5, 2, 1]
+    assert [most(small, rows) for rows in (8, 9, 17, 64)] == [5, 2, 1, 1]
+    assert [most(small, 8, tokens) for tokens in (1000, 8 * 1000, 8 * 4000)] == [5, 3, 1]
     assert Calls().passes(1, 1) == 1
 
 

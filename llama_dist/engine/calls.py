@@ -1,11 +1,11 @@
-"""How many passes of a few rows are done in one call, on a CPU: as many as take so short a time that nobody notices."""
+"""How many passes of a few rows are one call, on a CPU: few enough that an arrival does not wait for it long."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-FEW = 16  # rows of a pass that takes about as long as the weights are read
-MOST_BYTES = 3 << 29  # that are read in a call: 50 ms where memory is read at 32 GB/s
+FEW = 8  # rows of a pass that takes little longer than the weights are read, but on slow processors
+MOST_BYTES = 3 << 29  # that are read in a call: 50 ms where memory is read at 32 GB/s, of one sequence
 MOST_PASSES = 8
 
 

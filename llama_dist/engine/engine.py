@@ -2,6 +2,7 @@
 
 Nothing here depends on a clock, a set's order or this rank's own memory, so all ranks take the same steps; a digest of
 what was drawn is compared among them every few ticks. It knows token ids; text only where a stop string asks for it.
+Where only tokens are asked for, a tick may compute those of the next ones too, which then take them (calls.py).
 """
 
 from __future__ import annotations
@@ -139,6 +140,8 @@ class Engine:
     def cancel(self, *ids: str) -> list[Completion]:
         """Drop requests; what they had so far, in order of arrival. Unknown ids are passed over."""
         gone = self.scheduler.cancel(ids)
+        if self.idle:
+            self._ahead.clear()
         return [self.answers.pop(s.request.id).completion("cancelled") for s in gone]
 
     def step(self, on_token: OnToken | None = None) -> list[Completion]:
@@ -199,7 +202,7 @@ class Engine:
     def _passes(self, batch: list[Work]) -> int:
         """In how many passes from here on only tokens are asked for, by the model's own logits; they are one call."""
         most = self.calls.passes(len(batch), sum(work.sequence.cached for work in batch))
-        if most == 1 or not batch or not self.model.goes_on(len(batch), self.cache):
+        if most == 1 or not batch or self.foresees or not self.model.goes_on(len(batch), self.cache):
             return 1
         for work in batch:
             params = work.sequence.request.params
@@ -279,6 +282,7 @@ class Engine:
             greedy = every and not self.foresees and all(_is_greedy(work) for work, _ in drawing)
             after = self.model.greatest(hidden) if greedy else None
         if after is not None:
+            assert len(after) == len(drawing), f"{len(after)} tokens for {len(drawing)} sequences"
             chosen = after
         else:
             assert hidden is not None, "neither tokens nor hidden states are known"

@@ -210,7 +210,7 @@ def open_session(run: RunConfig, checked: Checked | None = None, halted: Callabl
 
 
 def calls_of(config: ModelConfig, dtype: torch.dtype, packing: Quantization | None) -> Calls:
-    """What passes of this model read, all its ranks together."""
+    """What passes of this model read at most, all its ranks together."""
     bits = packing.output.bits if packing else 8 * dtype.itemsize
     keys = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
     return Calls(MOST_PASSES, model_bytes(config, 1) * bits // 8, keys)

@@ -18,7 +18,7 @@ CLOSE = 1e-9  # of noisy logits and masses on a GPU
 SMALLEST = 1e-6  # of |logit / temperature|: of smaller ones two may differ and be as likely
 MOST_K = 256  # of top_k; for more the sampler decides
 ROUNDS = 6  # candidates a row is tried with on a GPU before it is left to the sampler
-DRAW = struct.Struct("=qqqQddd")  # as in draw.cpp
+DRAW = struct.Struct("=qqqQddd")  # as in draw.h
 
 
 class Draw(NamedTuple):

@@ -1,9 +1,9 @@
 """A list of kernels, laid out once and run by one call in C++: what a forward pass of few rows is made of.
 
 Each operation is packed with the addresses of its tensors, which the program keeps alive. Rows are those of the call:
-tensors have room for `most` of them. The bits are those of the same operations called one by one. A product whose next
-operation adds up its planes, or is the gate of what it made, may be done with that as one: nothing else may read what
-is handed on.
+tensors have room for `most` of them. Where it finds the likeliest tokens, several runs may be one call. The bits are
+those of the same operations called one by one. A product whose next operation adds up its planes, or is the gate of
+what it made, may be done with that as one: nothing else may read what is handed on.
 """
 
 from __future__ import annotations

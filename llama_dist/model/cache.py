@@ -111,7 +111,9 @@ def lay(rows: Sequence[tuple[Span, Sequence[int]]], device: torch.device, ahead:
     width = -(-stop // PAGE_SIZE)
     numbers: list[int] = []
     for span in spans:
-        held = span.pages[: -(-(span.stop + ahead) // PAGE_SIZE)]
+        n_pages = -(-(span.stop + ahead) // PAGE_SIZE)
+        held = span.pages[:n_pages]
+        assert len(held) == n_pages, f"{len(held)} pages for {span.stop} tokens and {ahead} more"
         numbers += held
         numbers += [0] * (width - len(held))
     numbers += [span.start for span in spans]

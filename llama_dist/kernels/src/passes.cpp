@@ -5,8 +5,7 @@
 #include "draw.h"
 #include "program.h"
 #include "rows.h"
-
-extern "C" int llama_dist_shared_gather(void *segment, int rank, const char *x, long rows, long bytes, char *out);
+#include "shared.h"
 
 namespace {
 

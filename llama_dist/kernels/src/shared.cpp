@@ -157,7 +157,6 @@ extern "C" int llama_dist_shared_planes(void *segment, int rank, const float *pl
     return shared_planes(segment, rank, planes, plane, counts, nodes, is_bf16, y, numbers, nullptr);
 }
 
-// out [rows, n_ranks, bytes] of each rank's x [rows, bytes].
 extern "C" int llama_dist_shared_gather(void *segment, int rank, const char *x, long rows, long bytes, char *out) {
     Segment *s = (Segment *)segment;
     for (long done = 0, all = rows * bytes; done < all; done += s->capacity) {

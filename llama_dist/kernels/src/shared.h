@@ -118,3 +118,6 @@ int shared_planes(void *segment, int rank, const float *planes, long plane, cons
 // rank's after the other's, of which this one's are number `first` and on: -1 where a rank has -1. Returns as the others.
 int shared_likeliest(void *segment, int rank, int is_bf16, const void *rows, long stride, long m, long n, long first,
                      int64_t *found, Coming *coming);
+
+// out [rows, n_ranks, bytes] of each rank's x [rows, bytes]. Returns as the others.
+extern "C" int llama_dist_shared_gather(void *segment, int rank, const char *x, long rows, long bytes, char *out);
