@@ -22,9 +22,7 @@ from tests.spmd import run_ranks
 from tests.test_engine import CASE, RUNS, some_requests
 
 spmd = pytest.mark.spmd
-TWO = {**RUNS, "float32": Run({"max_batch_size": 5, "dtype": "float32"})}
-
-
+CASES = {**RUNS, "float32": Run({"max_batch_size": 5, "dtype": "float32"})}
 DRAWN: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 0.6},
@@ -50,12 +48,12 @@ def plain_requests(n: int, kinds: int) -> list[tuple[list[int], dict[str, Any]]]
 
 @spmd
 @pytest.mark.parametrize("kinds", [1, len(DRAWN)], ids=["likeliest", "drawn"])
-@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("name", CASES)
 def test_no_answer_changes(checkpoint: Saver, name: str, kinds: int) -> None:
     need_kernels()
     folder, asked = str(checkpoint(CASE, "hf")), plain_requests(200, kinds)
-    [(plain, none, one_by_one)] = run_ranks(1, answers, folder, asked, TWO[name], 1)
-    [(rows, counts, ticks)] = run_ranks(1, answers, folder, asked, TWO[name], 5)
+    [(plain, none, one_by_one)] = run_ranks(1, answers, folder, asked, CASES[name], 1)
+    [(rows, counts, ticks)] = run_ranks(1, answers, folder, asked, CASES[name], 5)
     assert rows == plain and not none
     if name not in ("sixty-four", "chunks of eight"):  # where few ticks are of few rows, and read no prompt
         assert counts["whole"] > 10 and counts.get("none", 0) == 0, counts

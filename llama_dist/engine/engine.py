@@ -270,8 +270,7 @@ class Engine:
         after: list[int] | None,
         on_token: OnToken | None,
     ) -> list[Ended]:
-        """A token for each sequence that reached its newest one; those that end with it. `after`: these,
-        where they are known."""
+        """A token for each sequence that reached its newest one, `after` where it is known; those that end with it."""
         if not drawing:
             return []
         chosen: Sequence[int | RequestError]

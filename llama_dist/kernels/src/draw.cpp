@@ -16,13 +16,6 @@ constexpr double NOISE = 1e-9;       // far more than two logarithms are off
 constexpr double SMALLEST = 1e-6;    // of |logit / temperature|: of smaller ones two may differ and be as likely
 constexpr float SLACK = 1.001f;      // more than a weight is off
 
-INLINE uint64_t hash(uint64_t key, uint64_t token) {
-    uint64_t x = key + (token + 1) * 0x9E3779B97F4A7C15u;
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
-    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
-    return x ^ x >> 31;
-}
-
 double gumbel(uint64_t key, uint64_t token) {
     return -std::log(-std::log((double(hash(key, token) >> 11) + 0.5) * 0x1p-53));
 }

@@ -39,13 +39,6 @@ struct Onward {
     Logits logits;
 };
 
-// The finaliser of splitmix64, as in engine/sampler.py.
-uint64_t mix(uint64_t x) {
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
-    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
-    return x ^ x >> 31;
-}
-
 // Draws of all rows whose likeliest token is one; returns what a round among ranks ended with. All ranks must be unsure of the
 // same rows: they are of one host, with the same code and the same bits of all logits.
 int draw_rows(const Step &step, const Onward &on, int64_t *tokens, int threads) {
@@ -61,7 +54,7 @@ int draw_rows(const Step &step, const Onward &on, int64_t *tokens, int threads) 
         const Chance &c = on.chances[i];
         const char *row = parts ? logits.whole + i * width * logits.n_ranks : logits.rows + i * width;
         const uint64_t position = uint64_t(step.starts[i]) + 1;  // of the token that is drawn
-        const uint64_t key = mix(c.key + 0x9E3779B97F4A7C15u * (position + 1));
+        const uint64_t key = hash(c.key, position);
         draws.push_back({row, step.is_bf16, c.top_k, key, c.temperature, c.top_p, c.min_p});
     }
     llama_dist_draw(draws.data(), n, step.vocab, found.data(), threads);

@@ -126,8 +126,8 @@ int64_t gate_of(const Op *ops, const Step &step) {
     return up % WIDTH ? 0 : up;
 }
 
-// What this thread reads first of the product after operation `at`, whose number `at` becomes; after the last of the first one,
-// as there is likely to be another run.
+// What this thread reads first of the product after operation `at`, whose number `at` becomes; after the last product, what it
+// reads first of the first one, as there is likely to be another run.
 Coming coming_after(const Op *ops, int64_t n_ops, const Step &step, int threads, int64_t &at) {
     auto product = [&](int64_t from) {
         while (from < n_ops && ops[from].kind != Op::PACKED) from++;
