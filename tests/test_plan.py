@@ -97,6 +97,9 @@ def test_smollm2_on_2_ranks_by_hand() -> None:
     # 9 units of one head: 5 a rank, one of them zeros; each rank reads 2 of the 3 KV heads.
     layer = 2 * 576 * 5 * 64 + 2 * 576 * 2 * 64 + 3 * 576 * 768 + 2 * 576
     assert rank_weight_bytes(SMOLLM2, units, 2, 4) == [4 * (30 * layer + 24576 * 576 + 576)] * 2
+    first, last = rank_weight_bytes(SMOLLM2, units, 2, 2, panels=True)
+    assert first == 2 * (30 * layer + 24576 * 576 + 576)
+    assert last == first - 30 * 2 * 576 * 64, "in panels the zero unit of wo is left out"
     assert kv_bytes_per_token(SMOLLM2, units, 2, 4) == 2 * 30 * 2 * 64 * 4
     held = 2 * (30 * layer + 24576 * 576 + 576)
     assert waste(SMOLLM2, units, 2) == pytest.approx(1 - 134_515_008 / held)

@@ -88,13 +88,15 @@ def weight_sizes(
     dtype_bytes: int,
     quantization: str | None = None,
     panels: bool = False,
+    rank: int = 0,
 ) -> list[int]:
-    """Bytes of each weight on each rank: alike on all, because the last ones hold zero units.
+    """Bytes of each weight on `rank`; the first has the most, or as many as any.
 
     With `quantization` those of products are packed, and a tied output is a copy. `panels`: others lie in panels, as
-    they do on some processors, filled up to whole blocks and groups.
+    they do on some processors, filled up to whole blocks and groups. What is packed or lies in panels leaves out the
+    zero units of wo and w2, which the last ranks hold otherwise.
     """
-    shapes = rank_shapes(config, units, 0, n_ranks)
+    shapes = rank_shapes(config, units, rank, n_ranks)
     exact = Scheme(8 * dtype_bytes, 0, 0)
     schemes = Quantization(exact, exact) if quantization is None else QUANTIZATIONS[quantization]
     if quantization is None and not panels:
@@ -103,14 +105,17 @@ def weight_sizes(
         shapes["output.weight"] = shapes["tok_embeddings.weight"]
         if quantization is None:
             del shapes["tok_embeddings.weight"]
-    cuts = {"wo": units.heads.unit * config.head_dim, "w2": units.hidden.unit}
+    cuts = {"wo": (units.heads, config.head_dim), "w2": (units.hidden, 1)}
     sizes = []
     for name, shape in shapes.items():
         layer = name.split(".")[-2]
         if len(shape) == 2 and layer != "tok_embeddings":
-            unit = cuts.get(layer, shape[1])
+            unit, n_units = shape[1], 1
+            if layer in cuts:
+                cut, width = cuts[layer]
+                unit, n_units = cut.unit * width, max(1, -(-cut.of(rank, n_ranks).size // cut.unit))
             scheme = schemes.output if layer == "output" else schemes.layers
-            sizes.append(packed_bytes(scheme, shape[0], unit, shape[1] // unit))
+            sizes.append(packed_bytes(scheme, shape[0], unit, n_units))
         else:
             sizes.append(dtype_bytes * math.prod(shape))
     return sizes
@@ -125,7 +130,8 @@ def rank_weight_bytes(
     panels: bool = False,
 ) -> list[int]:
     """Bytes of weights that each rank allocates."""
-    return [sum(weight_sizes(config, units, n_ranks, dtype_bytes, quantization, panels))] * n_ranks
+    kinds = dtype_bytes, quantization, panels
+    return [sum(weight_sizes(config, units, n_ranks, *kinds, rank)) for rank in range(n_ranks)]
 
 
 def model_bytes(config: ModelConfig, dtype_bytes: int) -> int:

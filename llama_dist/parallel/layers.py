@@ -261,7 +261,9 @@ class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
         n_units = [-(-rows.size // columns.unit) for rows in held]
         self.n_units = n_units[part.rank]
         self.nodes = tuple(tuple(roots(rank * per_rank, n)) for rank, n in enumerate(n_units))
-        self.weight = _weight(part, part.scheme, out_features, columns.unit, per_rank)
+        # Nor do they lie between the panels of the others: a row or two go through panel after panel without a gap.
+        laid = per_rank if part.scheme is None else max(1, self.n_units)
+        self.weight = _weight(part, part.scheme, out_features, columns.unit, laid)
         self.bias = _parameter(part, out_features) if bias else None
         self.placements = {"weight": Placement(1, mine.start, mine.stop), "bias": Placement()}
 
@@ -275,7 +277,7 @@ class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
             sums = partial_sums(x[:, : self.n_units * self.unit], self.units, self.unit, self.first)
             y = total_of_ranks(sums, self.nodes).to(x.dtype)
         else:
-            y = reduce(product(x, self.weight, None, False))
+            y = reduce(product(x[:, : self.weight.shape[1]].contiguous(), self.weight, None, False))
         return y if self.bias is None else y + self.bias
 
     def lay(self, program: Program, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -295,7 +297,7 @@ class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
             else:
                 program.call(lambda n: _copy(y, total_of_ranks(planes[: len(mine), :n], self.nodes)))
         else:
-            program.linear(x, self.weight, None, y)
+            program.linear(x[:, : self.weight.shape[1]], self.weight, None, y)
             if memory is not None:
                 program.shared_sum(y, memory.address, memory.rank, memory.lost)
             elif len(self.nodes) > 1:
