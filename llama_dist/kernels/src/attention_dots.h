@@ -17,9 +17,10 @@ namespace {
 constexpr int BY_PAGE = 100, BY_ROW = 30, BY_KEY = 14;
 
 // Pages [16][dim] that are read next, called into the second cache evenly while others are worked on, or at once. Several are
-// called in side by side, which is faster than one after another.
+// called in side by side, which is faster than one after another: for AMX eight, else two (Zen 4, whose own prefetch goes on
+// from there).
 struct Stream {
-    static constexpr int RUNS = 8;
+    static constexpr int RUNS = DOTS == 1 ? 2 : 8;
     const bf16 *pages[2 * PAGES];
     const char *at[RUNS];
     int n = 0, each = 0, runs = 0, page = 0, lines, left = 0;  // pages, of each run, and lines left of those that are called in
