@@ -2,7 +2,7 @@
 
 The units of a dimension are the same whatever the number of ranks, so a sum taken unit by unit can keep one order on
 any world size. Every rank holds the same number of units; where the last ranks run out they hold zero units, which
-keeps fairscale's divisibility and adds nothing to any sum.
+keeps fairscale's divisibility and adds nothing to any sum. Weights in panels leave these out of wo and w2.
 
 Example: 9 query heads that read 3 KV heads, 1536 hidden, 49152 words, 8 units asked, 2 ranks. Attention has 9 units
 of one head; each rank holds 5, the last one of rank 1 is zero. Rank 0's heads 0-4 read KV heads 0-1, rank 1's heads
