@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +14,9 @@ from llama_dist.engine import engine as engine_module
 from llama_dist.engine import sampler
 from llama_dist.engine.calls import Calls
 from llama_dist.engine.foresight import Pass
+from llama_dist.errors import LlamaDistError
 from llama_dist.model.cache import PAGE_SIZE, Laid, Span, lay
+from llama_dist.parallel import shared
 from llama_dist.quant.packed import Packed
 from llama_dist.request import Request, SamplingParams
 from tests.engine_jobs import Prompts, Row, Run, answer_all, engine_for
@@ -104,6 +108,33 @@ def one_by_one_and_in_row(folder: str, n: int, passes: int, options: dict[str, A
                 weight[bad - start] = float("nan")
         found["broken"] = in_row([])
     return found
+
+
+def lost_in_a_call(folder: str, timeout: float, late: int) -> tuple[str, str, float]:
+    """What is raised in a call of eight passes of which rank `late` takes part in three, and how long that takes."""
+    session = open_for(Ask(folder, [], 0, {"timeout": timeout}))
+    world, model, cache = session.world, session.engine.model, session.engine.cache
+    passes = 3 if world.rank == late else 8
+    laid = lay([(Span([i], 4, 1, 1), [40 + i]) for i in range(3)], world.device, passes - 1)
+    world.watch.detach()  # that one ends before another means nothing here
+    began = time.monotonic()
+    try:
+        found = model.run_on(laid, cache, passes, [])
+    except LlamaDistError as err:
+        took = time.monotonic() - began
+        return type(err).__name__, str(err), took
+    assert world.rank == late and len(found) == passes, (world.rank, found)
+    time.sleep(timeout + 1)
+    return "", "", 0
+
+
+def apart(folder: str, prompts: Prompts, run: Run) -> tuple[list[Row], bool]:
+    """Rows of an engine that may do several passes in a call but for what ranks share, and whether it does."""
+    if os.environ["RANK"] == "0":
+        shared._make = lambda size, name: -1
+    engine = engine_for(folder, run)
+    engine.calls = Calls(8)
+    return answer_all(engine, prompts), engine.model.goes_on(1, engine.cache)
 
 
 def serves(folder: str, options: dict[str, Any]) -> list[bool]:

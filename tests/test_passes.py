@@ -17,7 +17,7 @@ from llama_dist.quant.scheme import QUANTIZATIONS
 from tests.conftest import Saver
 from tests.engine_jobs import Run
 from tests.kernel_cases import need_kernels
-from tests.passes_jobs import answers, cancelled, one_by_one_and_in_row, serves
+from tests.passes_jobs import answers, apart, cancelled, lost_in_a_call, one_by_one_and_in_row, serves
 from tests.spmd import run_ranks
 from tests.test_engine import CASE, RUNS, some_requests
 
@@ -125,6 +125,25 @@ def test_which_models_do_several_passes(checkpoint: Saver) -> None:
     ):
         [found] = run_ranks(1, serves, str(checkpoint(name, "hf")), options)
         assert found == [serving, serving, False], (name, options)
+
+
+@spmd
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_lost_in_a_call_is_named(checkpoint: Saver, late: int) -> None:
+    need_kernels()
+    ranks = run_ranks(2, lost_in_a_call, str(checkpoint("llama-gqa", "hf")), 6.0, late)
+    kind, said, took = ranks.pop(1 - late)
+    assert kind == "PeerLost" and f"rank {late} did not come within 6 s" in said
+    assert 5.9 < took < 9.5
+    assert ranks == [("", "", 0)]
+
+
+@spmd
+def test_ranks_that_share_no_memory_take_one_pass_a_call(checkpoint: Saver) -> None:
+    folder, prompts = str(checkpoint(CASE, "hf")), plain_requests(24, 1)
+    run = CASES["float32"]
+    [(alone, _, _)] = run_ranks(1, answers, folder, prompts, run, 1)
+    assert run_ranks(2, apart, folder, prompts, run) == [(alone, False)] * 2
 
 
 def test_a_call_is_short() -> None:
