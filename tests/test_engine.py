@@ -110,6 +110,7 @@ def test_requests_cancels_and_stops_from_the_inbox(checkpoint: Saver, world: int
         (2, "layer 0, attention", 1, None),
         (3, "the embedding", 0, None),
         (2, "layer 1, feed-forward", 1, "int4"),
+        (3, "layer 0, attention", 2, "int8"),  # which has two of eight heads, the others three
     ],
 )
 def test_a_row_that_breaks_fails_alone_and_says_where(

@@ -131,15 +131,16 @@ def test_which_models_do_several_passes(checkpoint: Saver) -> None:
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_rank_lost_in_a_call_is_named(checkpoint: Saver, late: int) -> None:
     need_kernels()
-    ranks = run_ranks(2, lost_in_a_call, str(checkpoint("llama-gqa", "hf")), 6.0, late)
+    ranks = run_ranks(2, lost_in_a_call, str(checkpoint("llama-gqa", "hf")), 12.0, late)
     kind, said, took = ranks.pop(1 - late)
-    assert kind == "PeerLost" and f"rank {late} did not come within 6 s" in said
-    assert 5.9 < took < 9.5
+    assert kind == "PeerLost" and f"rank {late} did not come within 12 s" in said
+    assert 11.9 < took < 18
     assert ranks == [("", "", 0)]
 
 
 @spmd
 def test_ranks_that_share_no_memory_take_one_pass_a_call(checkpoint: Saver) -> None:
+    need_kernels()
     folder, prompts = str(checkpoint(CASE, "hf")), plain_requests(24, 1)
     run = CASES["float32"]
     [(alone, _, _)] = run_ranks(1, answers, folder, prompts, run, 1)

@@ -9,7 +9,7 @@ from llama_dist.engine.scheduler import Sequence
 from llama_dist.model.cache import PAGE_SIZE, Span, lay
 from llama_dist.model.transformer import Transformer
 from llama_dist.parallel.control import collect
-from llama_dist.parallel.layers import VocabParallelEmbedding, product
+from llama_dist.parallel.layers import RowParallelLinear, VocabParallelEmbedding, product
 from llama_dist.parallel.world import World
 from llama_dist.quant.packed import Packed
 
@@ -66,8 +66,10 @@ def find_fault(model: Transformer, world: World, sequence: Sequence) -> str:
 
 
 def _is_sound(module: nn.Module, x: torch.Tensor) -> bool:
-    weight: torch.Tensor | Packed = module.weight  # type: ignore[assignment]
+    if isinstance(module, RowParallelLinear):
+        return bool(module.own(x).isfinite().all())
     if not isinstance(module, VocabParallelEmbedding):
+        weight: torch.Tensor | Packed = module.weight  # type: ignore[assignment]
         return bool(product(x, weight, None, reproducible=False).isfinite().all())
     mine = x[(x >= module.vocab_start_index) & (x < module.vocab_end_index)] - module.vocab_start_index
     return bool(module.held(mine).isfinite().all())

@@ -1,7 +1,8 @@
 """What a model needs of each rank's memory: arithmetic over its config and units. No torch, no GPU, no files.
 
-All ranks of a model hold alike many bytes, since units that run out are filled with zeros. Example: a wk of 3 KV
-heads on 2 ranks that each read 2 of them takes 2 heads on both, one of them held twice.
+Units that run out are filled with zeros, so that ranks hold alike many bytes, but for wo and w2 where weights are
+packed or in panels: the last ranks have less of these. Example: a wk of 3 KV heads on 2 ranks that each read 2 of them
+takes 2 heads on both, one of them held twice.
 """
 
 from __future__ import annotations

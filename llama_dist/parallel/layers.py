@@ -272,12 +272,16 @@ class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
         """The weight without the zero units."""
         return units_of(self.weight, self.unit, 0, self.n_units)
 
+    def own(self, x: torch.Tensor) -> torch.Tensor:
+        """x times this rank's part of the weight, [n, out_features]: what the ranks add up where no order is kept."""
+        return product(x[:, : self.weight.shape[1]].contiguous(), self.weight, None, False)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.reproducible:
             sums = partial_sums(x[:, : self.n_units * self.unit], self.units, self.unit, self.first)
             y = total_of_ranks(sums, self.nodes).to(x.dtype)
         else:
-            y = reduce(product(x[:, : self.weight.shape[1]].contiguous(), self.weight, None, False))
+            y = reduce(self.own(x))
         return y if self.bias is None else y + self.bias
 
     def lay(self, program: Program, x: torch.Tensor, name: str) -> torch.Tensor:
