@@ -34,6 +34,8 @@ def test_all_ranks_hold_alike_many(cut: Cut, world: int) -> None:
     assert {s.padded for s in slices} == {cut.units_per_rank(world) * cut.unit}
     assert all(0 <= s.size <= s.padded for s in slices)
     assert cut.padded(world) == sum(s.padded for s in slices)
+    counts = [cut.held(rank, world) for rank in range(world)]
+    assert counts == sorted(counts, reverse=True) and sum(counts) == cut.n_units
     assert cut.padded(world) % world == 0
     assert cut.padded(world) >= cut.size
     # No more zero units than rounding up needs: one unit fewer a rank would not hold the dimension.

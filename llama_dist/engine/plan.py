@@ -114,7 +114,7 @@ def weight_sizes(
             unit, n_units = shape[1], 1
             if layer in cuts:
                 cut, width = cuts[layer]
-                unit, n_units = cut.unit * width, max(1, -(-cut.of(rank, n_ranks).size // cut.unit))
+                unit, n_units = cut.unit * width, max(1, cut.held(rank, n_ranks))
             scheme = schemes.output if layer == "output" else schemes.layers
             sizes.append(packed_bytes(scheme, shape[0], unit, n_units))
         else:

@@ -250,15 +250,14 @@ class RowParallelLinear(fs_layers.RowParallelLinear):  # type: ignore[misc]
 
     def __init__(self, columns: Cut, out_features: int, part: Part, *, bias: bool) -> None:
         nn.Module.__init__(self)
-        held = [columns.of(rank, part.n_ranks) for rank in range(part.n_ranks)]
-        mine, per_rank = held[part.rank], columns.units_per_rank(part.n_ranks)
+        mine, per_rank = columns.of(part.rank, part.n_ranks), columns.units_per_rank(part.n_ranks)
         self.in_features = mine.padded * part.n_ranks
         self.out_features = out_features
         self.input_is_parallel = True
         self.input_size_per_partition = mine.padded
         self.reproducible, self.unit, self.first = part.reproducible, columns.unit, part.rank * per_rank
         # Zero units are left out of every sum: their number depends on that of the ranks.
-        n_units = [-(-rows.size // columns.unit) for rows in held]
+        n_units = [columns.held(rank, part.n_ranks) for rank in range(part.n_ranks)]
         self.n_units = n_units[part.rank]
         self.nodes = tuple(tuple(roots(rank * per_rank, n)) for rank, n in enumerate(n_units))
         # Nor do they lie between the panels of the others: a row or two go through panel after panel without a gap.

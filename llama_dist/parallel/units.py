@@ -2,7 +2,8 @@
 
 The units of a dimension are the same whatever the number of ranks, so a sum taken unit by unit can keep one order on
 any world size. Every rank holds the same number of units; where the last ranks run out they hold zero units, which
-keeps fairscale's divisibility and adds nothing to any sum. Weights in panels leave these out of wo and w2.
+keeps fairscale's divisibility and adds nothing to any sum. Weights that are packed or in panels leave these out of wo
+and w2.
 
 Example: 9 query heads that read 3 KV heads, 1536 hidden, 49152 words, 8 units asked, 2 ranks. Attention has 9 units
 of one head; each rank holds 5, the last one of rank 1 is zero. Rank 0's heads 0-4 read KV heads 0-1, rank 1's heads
@@ -42,6 +43,10 @@ class Cut:
 
     def units_per_rank(self, n_ranks: int) -> int:
         return -(-self.n_units // n_ranks)
+
+    def held(self, rank: int, n_ranks: int) -> int:
+        """Units of `rank` that are not zero units."""
+        return -(-self.of(rank, n_ranks).size // self.unit)
 
     def padded(self, n_ranks: int) -> int:
         """Entries all ranks hold together, zeros included."""
